@@ -1,0 +1,165 @@
+"""Typed configuration: frozen dataclasses read from YAML and ``key=value`` words, with errors for people."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import textwrap
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from audiotext_dist.errors import UserError
+
+Config = TypeVar("Config")
+
+
+def parse(schema: type[Config], words: Sequence[str], yaml_file: str | None = None) -> Config:
+    """Defaults of ``schema``, then the YAML file, then each ``key=value`` word; later ones win.
+
+    A word that gives a whole mapping (``data.train={}``) replaces the file's.
+
+    Args:
+        schema: a frozen keyword-only dataclass; nested ones and ``dict[str, dataclass]`` are followed.
+        words: ``data.train.esc.weight=2``; values are YAML (``[1,2]``, ``null``, ``true``).
+        yaml_file: a file of the same keys, nested.
+
+    Raises:
+        UserError: one line that names the key and the mend.
+    """
+    given = OmegaConf.create() if yaml_file is None else _read_yaml(yaml_file)
+    for word in words:
+        _apply(given, word)
+    words_keys = [word.partition("=")[0] for word in words]
+    return _build(_merge(schema, given, words_keys, yaml_file), schema)
+
+
+def to_yaml(config: Any) -> str:
+    """The whole configuration, every key with its value, as YAML that ``parse`` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The whole configuration as plain nested dictionaries, for loggers."""
+    plain = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(plain, dict)
+    return typing.cast(dict[str, Any], plain)
+
+
+def describe(schema: type[Any], prefix: str = "") -> str:
+    """A ``--help`` listing: every key with its default, each group headed by its class's docstring."""
+    lines = []
+    hints = typing.get_type_hints(schema)
+    defaults = typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(schema)))
+    for entry in fields(schema):
+        inner = _dataclass_inside(hints[entry.name])
+        if inner is None:
+            value = defaults[entry.name]
+            lines.append(f"  {prefix}{entry.name}={'(required)' if value == MISSING else value}")
+        else:
+            is_mapping = typing.get_origin(hints[entry.name]) is dict
+            deeper = f"{prefix}{entry.name}.{'NAME.' if is_mapping else ''}"
+            meaning = inspect.cleandoc(inner.__doc__ or "").partition("\n\nRaises:")[0].replace("\n\n", " ")
+            heading = textwrap.fill(f"{deeper[:-1]}: {meaning}", 110, initial_indent="  ", subsequent_indent="    ")
+            lines += ["", heading, describe(inner, deeper)]
+    return "\n".join(lines)
+
+
+def _read_yaml(yaml_file: str) -> DictConfig:
+    if not Path(yaml_file).is_file():
+        raise UserError(f"no recipe file at {yaml_file}: check the path")
+    try:
+        found = OmegaConf.load(yaml_file)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{yaml_file} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(found, DictConfig):
+        raise UserError(f"{yaml_file} holds no 'key: value' mapping")
+    return found
+
+
+def _apply(given: DictConfig, word: str) -> None:
+    """Set a word's key; a whole mapping (``data.train={}``) takes the place of the one that was there."""
+    key, equals, _ = word.partition("=")
+    if not equals or not key or key.startswith("-"):
+        raise UserError(f"cannot read '{word}': options are written key=value")
+    try:
+        OmegaConf.update(given, key, OmegaConf.select(OmegaConf.from_dotlist([word]), key), merge=False)
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
+        mend = f"put a text with special characters in quotes, '{key}=\"...\"'"
+        raise UserError(f"cannot read the value of '{word}' ({_first_line(error)}): {mend}") from None
+
+
+def _merge(schema: type[Any], given: DictConfig, words_keys: Sequence[str], yaml_file: str | None) -> Any:
+    def where(key: str) -> str:
+        in_words = any(word == key or word.startswith(f"{key}.") for word in words_keys)
+        return "" if in_words or yaml_file is None else f" in {yaml_file}"
+
+    try:
+        return OmegaConf.merge(OmegaConf.structured(schema), given)
+    except ConfigKeyError as error:
+        key = str(error.full_key or error.key)
+        guess = difflib.get_close_matches(key, _all_keys(schema, key), n=1, cutoff=0.5)
+        mend = f"did you mean '{guess[0]}'?" if guess else "--help lists the keys"
+        raise UserError(f"unknown key '{key}'{where(key)}: {mend}") from None
+    except (OmegaConfBaseException, TypeError) as error:
+        key = str(getattr(error, "full_key", "") or "")
+        named = f" for '{key}'{where(key)}" if key else ""
+        raise UserError(f"wrong value{named}: {_first_line(error)}") from None
+
+
+def _build(config: Any, schema: type[Config]) -> Config:
+    try:
+        built = OmegaConf.to_object(config)
+    except MissingMandatoryValue as error:
+        raise UserError(f"'{error.full_key}' has no value: give {error.full_key}=...") from None
+    except UserError:
+        raise
+    except OmegaConfBaseException as error:
+        # OmegaConf wraps what a __post_init__ raises.
+        cause = error.__cause__ or error.__context__
+        if isinstance(cause, UserError):
+            raise cause from None
+        raise UserError(_first_line(error)) from None
+    assert isinstance(built, schema)
+    return built
+
+
+def _dataclass_inside(hint: Any) -> type[Any] | None:
+    """The dataclass of ``X``, ``X | None`` or ``dict[str, X]``."""
+    if isinstance(hint, type) and is_dataclass(hint):
+        return hint
+    if typing.get_origin(hint) in (dict, types.UnionType, typing.Union):
+        return next(filter(None, map(_dataclass_inside, typing.get_args(hint))), None)
+    return None
+
+
+def _all_keys(schema: type[Any], asked: str) -> list[str]:
+    """Every key of the schema in full; a mapping's NAME is taken from the key that was asked for."""
+    keys: list[str] = []
+
+    def walk(level: type[Any], prefix: str) -> None:
+        hints = typing.get_type_hints(level)
+        for entry in fields(level):
+            path = prefix + entry.name
+            keys.append(path)
+            inner = _dataclass_inside(hints[entry.name])
+            if inner is None:
+                continue
+            if typing.get_origin(hints[entry.name]) is dict:
+                rest = asked[len(path) + 1 :] if asked.startswith(path + ".") else ""
+                path += "." + (rest.partition(".")[0] or "NAME")
+            walk(inner, path + ".")
+
+    walk(schema, "")
+    return keys
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

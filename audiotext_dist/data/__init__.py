@@ -1,0 +1,1 @@
+"""From shards to batches: sample and index (the contracts), plan, decode, loader."""

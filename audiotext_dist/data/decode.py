@@ -1,0 +1,238 @@
+"""From a shard's bytes to arrays of fixed shape: all that a DataLoader worker does.
+
+The audio stays int16 and the frames uint8; spectrograms and normalisation happen in batches on the
+training device. Random choices (crop, frame, caption, masks) come from (seed, epoch, clip), so they are
+the same on any number of ranks and workers.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import zlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import simplejpeg
+import soundfile
+from numpy.typing import NDArray
+from PIL import Image
+
+from audiotext_dist import storage
+from audiotext_dist.data.index import Shard
+from audiotext_dist.data.plan import Slot
+from audiotext_dist.data.sample import AUDIO_MEMBER, METADATA_MEMBER, ClipMetadata, frame_member
+from audiotext_dist.errors import UserError
+
+FrameChoice = Literal["none", "random", "middle", "all"]
+
+
+class BadSampleError(Exception):
+    """A sample that cannot be used; the message is its reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """The shape that every clip is brought to.
+
+    clip_seconds: longer clips are cropped (at random in training, else from the start), shorter ones
+    padded with zeros at the end. audio: false leaves the sound undecoded, for tasks without it. frames:
+    which of a clip's frames are decoded.
+    """
+
+    sample_rate_hz: int
+    clip_seconds: float
+    audio: bool
+    frames: FrameChoice
+    num_frames: int
+    frame_pixels: int
+    random: bool
+
+    @property
+    def clip_samples(self) -> int:
+        """Audio samples of every decoded clip."""
+        return round(self.clip_seconds * self.sample_rate_hz) if self.audio else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """One decoded clip.
+
+    waveform: int16 [clip_samples]. num_valid_samples: how many of them are sound, not padding. frames:
+    uint8 [frames chosen, frame_pixels, frame_pixels, 3]. mask_uniforms: float32 [4] in [0, 1), where
+    SpecAugment's masks lie. caption_number: which of metadata.text was drawn, -1 without captions.
+    """
+
+    key: str
+    metadata: ClipMetadata
+    waveform: NDArray[np.int16]
+    num_valid_samples: int
+    frames: NDArray[np.uint8]
+    mask_uniforms: NDArray[np.float32]
+    caption_number: int
+
+
+class ShardReader:
+    """Reads members of shards by ``pread``; opens lazily, so it may cross into worker processes.
+
+    Args:
+        max_open_files: least recently used shards are closed above this number.
+    """
+
+    def __init__(self, shards: Sequence[Shard], *, max_open_files: int = 128) -> None:
+        self._shards = shards
+        self._max_open_files = max_open_files
+        self._descriptors: OrderedDict[int, int] = OrderedDict()
+
+    def read(self, shard: int, row: int, member: str) -> bytes:
+        """The bytes of one member.
+
+        Raises:
+            BadSampleError: the row has no such member.
+            UserError: the shard is not the one its index describes.
+        """
+        span = self._shards[shard].index.span(row, member)
+        if span is None:
+            raise BadSampleError(f"no {member}")
+        offset, num_bytes = span
+        content = os.pread(self._descriptor(shard), num_bytes, offset)
+        if len(content) != num_bytes:
+            raise BadSampleError(f"{member} is cut short")
+        return content
+
+    def _descriptor(self, shard: int) -> int:
+        if shard in self._descriptors:
+            self._descriptors.move_to_end(shard)
+            return self._descriptors[shard]
+        path, index = self._shards[shard].path, self._shards[shard].index
+        descriptor = os.open(storage.local_copy(path, index.shard_bytes, index.sha256), os.O_RDONLY)
+        found_bytes = os.fstat(descriptor).st_size
+        if found_bytes != index.shard_bytes:
+            os.close(descriptor)
+            raise UserError(
+                f"{storage.public_name(path)} has {found_bytes} bytes where its index says {index.shard_bytes}: "
+                "build or copy the shard again"
+            )
+        self._descriptors[shard] = descriptor
+        if len(self._descriptors) > self._max_open_files:
+            os.close(self._descriptors.popitem(last=False)[1])
+        return descriptor
+
+    def close(self) -> None:
+        """Close the shards' files; the next read opens them again."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, object]:
+        # Descriptors belong to one process.
+        return {**self.__dict__, "_descriptors": OrderedDict()}
+
+
+def clip_random(seed: int, epoch: int, copy: int, dataset: str, key: str) -> np.random.Generator:
+    """The random state that belongs to one appearance of a clip in one epoch."""
+    clip = zlib.crc32(f"{dataset}/{key}".encode())
+    return np.random.default_rng([seed, epoch, copy, clip])
+
+
+def decode_clip(reader: ShardReader, key: str, slot: Slot, config: DecodeConfig, *, seed: int, epoch: int) -> Clip:
+    """Read and decode one slot's row.
+
+    Raises:
+        BadSampleError: anything wrong with this one sample.
+    """
+    shard, row = slot.shard, slot.row
+    metadata = _decode_metadata(reader.read(shard, row, METADATA_MEMBER), key)
+    random = clip_random(seed, epoch, slot.copy, metadata.dataset, key)
+    crop_uniform, frame_uniform, caption_uniform = random.random(3)
+    waveform, num_valid_samples = np.zeros(0, np.int16), 0
+    if config.audio:
+        flac = reader.read(shard, row, AUDIO_MEMBER)
+        waveform, num_valid_samples = _decode_audio(flac, config, crop_uniform if config.random else 0.0)
+    return Clip(
+        key=key,
+        metadata=metadata,
+        waveform=waveform,
+        num_valid_samples=num_valid_samples,
+        frames=_decode_frames(reader, shard, row, config, frame_uniform),
+        mask_uniforms=random.random(4, dtype=np.float32),
+        caption_number=int(caption_uniform * len(metadata.text)) if metadata.text else -1,
+    )
+
+
+def chosen_frames(config: DecodeConfig, frame_uniform: float) -> list[int]:
+    """The numbers of the frames that are decoded; ``frame_uniform`` in [0, 1) places the random one."""
+    match config.frames:
+        case "none":
+            return []
+        case "random":
+            return [int(frame_uniform * config.num_frames)]
+        case "middle":
+            return [config.num_frames // 2]
+        case "all":
+            return list(range(config.num_frames))
+
+
+def _decode_metadata(content: bytes, key: str) -> ClipMetadata:
+    try:
+        return ClipMetadata.from_json(content, key)
+    except (ValueError, TypeError) as error:
+        raise BadSampleError(f"json does not decode ({error})") from None
+
+
+def _decode_audio(flac: bytes, config: DecodeConfig, crop_uniform: float) -> tuple[NDArray[np.int16], int]:
+    """(int16 [clip_samples] padded with zeros, how many samples are sound)."""
+    try:
+        with soundfile.SoundFile(io.BytesIO(flac)) as file:
+            if file.samplerate != config.sample_rate_hz:
+                raise BadSampleError(f"audio has {file.samplerate} Hz, not {config.sample_rate_hz}")
+            # Only the crop is decoded: a three-hour file in a ten-second set costs ten seconds.
+            surplus = max(file.frames - config.clip_samples, 0)
+            file.seek(int(crop_uniform * (surplus + 1)))
+            found = file.read(config.clip_samples, dtype="int16", always_2d=True)[:, 0]
+    except soundfile.LibsndfileError as error:
+        raise BadSampleError(f"audio does not decode ({error})") from None
+    if not len(found):
+        raise BadSampleError("audio is empty")
+    waveform = np.zeros(config.clip_samples, np.int16)
+    waveform[: len(found)] = found
+    return waveform, len(found)
+
+
+def _decode_frames(
+    reader: ShardReader, shard: int, row: int, config: DecodeConfig, frame_uniform: float
+) -> NDArray[np.uint8]:
+    pixels = config.frame_pixels
+    frames = [
+        square_frame(reader.read(shard, row, frame_member(number)), pixels)
+        for number in chosen_frames(config, frame_uniform)
+    ]
+    return np.stack(frames) if frames else np.zeros((0, pixels, pixels, 3), np.uint8)
+
+
+def square_frame(jpeg: bytes, pixels: int) -> NDArray[np.uint8]:
+    """Decode a JPEG to uint8 [pixels, pixels, 3] the way CLIP sees it: shorter side resized, centre kept.
+
+    A frame stored at this size already, the case to build shards for, is only decoded.
+
+    Raises:
+        BadSampleError: the JPEG does not decode.
+    """
+    try:
+        image: NDArray[np.uint8] = simplejpeg.decode_jpeg(jpeg, colorspace="RGB")
+    except ValueError as error:
+        raise BadSampleError(f"jpg does not decode ({error})") from None
+    height, width = image.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    image = image[top : top + side, left : left + side]
+    if side == pixels:
+        return image
+    # PIL, not the device: frames of one batch come in different sizes.
+    resized = Image.fromarray(image).resize((pixels, pixels), Image.Resampling.BICUBIC)
+    return np.asarray(resized)

@@ -1,0 +1,198 @@
+"""The index beside each shard: where every member lies, so that a sample is one ``pread`` a member.
+
+``00000.tar`` has ``00000.index.json``, written last: a shard without one is not finished. A tar made
+elsewhere is indexed by one scan of its headers.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from audiotext_dist import storage
+from audiotext_dist.data.sample import METADATA_MEMBER, ClipMetadata, split_member
+from audiotext_dist.errors import UserError
+
+INDEX_VERSION = 1
+SHARD_SUFFIX = ".tar"
+INDEX_SUFFIX = ".index.json"
+# A build leaves its options in this file: in such a folder a tar without an index is not finished.
+BUILD_SETTINGS = "build.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardIndex:
+    """What a shard holds.
+
+    members: member name -> int64 [num_samples, 2], (byte offset, bytes) of each row's content; (-1, -1)
+    where a row has no such member.
+    """
+
+    shard_name: str
+    shard_bytes: int
+    sha256: str
+    keys: list[str]
+    recordings: list[str]
+    members: dict[str, NDArray[np.int64]]
+
+    @property
+    def num_samples(self) -> int:
+        """Rows of the shard."""
+        return len(self.keys)
+
+    def span(self, row: int, member: str) -> tuple[int, int] | None:
+        """(byte offset, bytes) of a row's member, or None."""
+        spans = self.members.get(member)
+        if spans is None or spans[row, 0] < 0:
+            return None
+        return int(spans[row, 0]), int(spans[row, 1])
+
+    def to_json(self) -> bytes:
+        """The index as it is stored."""
+        return json.dumps(
+            {
+                "version": INDEX_VERSION,
+                "shard": self.shard_name,
+                "shard_bytes": self.shard_bytes,
+                "sha256": self.sha256,
+                "num_samples": self.num_samples,
+                "keys": self.keys,
+                "recordings": self.recordings,
+                "members": {member: spans.tolist() for member, spans in self.members.items()},
+            },
+            ensure_ascii=False,
+            separators=(",", ":"),
+        ).encode()
+
+    @classmethod
+    def from_json(cls, content: bytes, name: str) -> ShardIndex:
+        """Read a stored index.
+
+        Raises:
+            UserError: the content is no index of this version.
+        """
+        try:
+            found = json.loads(content)
+            if found["version"] != INDEX_VERSION:
+                raise UserError(f"{name} has index version {found['version']}, not {INDEX_VERSION}: rebuild it")
+            return cls(
+                shard_name=found["shard"],
+                shard_bytes=found["shard_bytes"],
+                sha256=found["sha256"],
+                keys=found["keys"],
+                recordings=found["recordings"],
+                members={
+                    member: np.asarray(spans, np.int64).reshape(-1, 2) for member, spans in found["members"].items()
+                },
+            )
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise UserError(f"{name} is not a shard index ({error!r}): remove it and build the shard again") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """A shard's place and its index."""
+
+    path: str
+    index: ShardIndex
+
+
+def index_path(shard_path: str) -> str:
+    """``.../00000.tar`` -> ``.../00000.index.json``."""
+    return shard_path.removesuffix(SHARD_SUFFIX) + INDEX_SUFFIX
+
+
+def scan_tar(path: Path, shard_name: str) -> ShardIndex:
+    """Index a local tar by reading its headers (and each clip's JSON, for its recording).
+
+    Raises:
+        UserError: the file is no tar, is cut short or damaged, or holds a member twice.
+    """
+    rows: dict[str, dict[str, tuple[int, int]]] = {}
+    recordings: dict[str, str] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for entry in tar:
+                if not entry.isfile():
+                    continue
+                key, member = split_member(entry.name)
+                if member in rows.setdefault(key, {}):
+                    raise UserError(f"{shard_name} holds '{entry.name}' twice: give each clip a key of its own")
+                rows[key][member] = (entry.offset_data, entry.size)
+                if member == METADATA_MEMBER:
+                    file = tar.extractfile(entry)
+                    assert file is not None
+                    recordings[key] = ClipMetadata.from_json(file.read(), key).recording
+            end_of_members = tar.offset
+    except UserError:
+        raise
+    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+        raise UserError(f"{shard_name} cannot be read as a tar ({error}): build or copy it again") from None
+    if not _ends_as_a_tar(path, end_of_members):
+        raise UserError(f"{shard_name} is cut short or damaged at byte {end_of_members}: build or copy it again")
+    names = sorted({member for members in rows.values() for member in members})
+    absent = (-1, -1)
+    return ShardIndex(
+        shard_name=shard_name,
+        shard_bytes=path.stat().st_size,
+        sha256=storage.sha256_of(path),
+        keys=list(rows),
+        recordings=[recordings.get(key, key) for key in rows],
+        members={
+            name: np.asarray([members.get(name, absent) for members in rows.values()], np.int64).reshape(-1, 2)
+            for name in names
+        },
+    )
+
+
+def _ends_as_a_tar(path: Path, end_of_members: int) -> bool:
+    """True if whole blocks of zeros follow the last member, two at least.
+
+    tarfile takes a header that is cut or damaged for the end and says nothing: only what follows tells.
+    """
+    num_zeros = 0
+    with path.open("rb") as file:
+        file.seek(end_of_members)
+        while content := file.read(1 << 20):
+            if content.strip(b"\0"):
+                return False
+            num_zeros += len(content)
+    return num_zeros >= 2 * tarfile.BLOCKSIZE and num_zeros % tarfile.BLOCKSIZE == 0
+
+
+def load_shards(spec: str) -> list[Shard]:
+    """The shards a user's spec names (folder, glob, braces), each with its index, in a fixed order.
+
+    Raises:
+        UserError: nothing there, an unfinished shard of one of our builds, or an index of other content.
+    """
+    shards = []
+    is_ours = lru_cache(lambda folder: storage.exists(storage.join(folder, BUILD_SETTINGS)))
+    for path in storage.expand(spec, SHARD_SUFFIX):
+        folder, _, name = path.rpartition("/")
+        beside = index_path(path)
+        if storage.exists(beside):
+            index = ShardIndex.from_json(storage.read_bytes(beside), storage.public_name(beside))
+            _check_belongs(path, name, index)
+        elif is_ours(folder or "."):
+            raise UserError(f"{storage.public_name(path)} is not finished: run its build again to the end")
+        else:
+            index = scan_tar(storage.local_copy(path), name)
+        shards.append(Shard(path=path, index=index))
+    return shards
+
+
+def _check_belongs(path: str, name: str, index: ShardIndex) -> None:
+    shown = storage.public_name(path)
+    if index.shard_name != name:
+        raise UserError(f"the index beside {shown} is that of {index.shard_name}: copy or build the shard again")
+    if not storage.is_remote(path) and (found_bytes := Path(path).stat().st_size) != index.shard_bytes:
+        raise UserError(
+            f"{shown} has {found_bytes} bytes where its index says {index.shard_bytes}: build or copy the shard again"
+        )

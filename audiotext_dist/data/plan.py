@@ -1,0 +1,186 @@
+"""The plan: which sample stands where in which global batch. Pure arithmetic, no files.
+
+1. Every shard enters the epoch's stream as often as its set's weight says; a fractional weight takes an
+   exact number of its rows, spread evenly over the set's shards.
+2. The shards are permuted; their rows, each shard's in an order of its own, form one stream.
+3. The stream is cut evenly over ``num_lanes`` lanes; what is left over is dropped this epoch.
+4. Each lane shuffles within windows of ``window_shards`` shards.
+5. A global batch takes ``global_batch_size / num_lanes`` samples of each lane, lane by lane.
+
+Ranks own whole lanes, so the global batches do not depend on the number of nodes, ranks or workers, and
+the data state of a run is (seed, epoch, global batch). Every order comes from numpy's counter-based Philox
+keyed by (seed, epoch, ...), so any batch is found without those before it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from audiotext_dist.errors import UserError
+
+# Distinct first words keep the plan's random streams apart.
+_SHARD_ORDER, _ROW_ORDER, _WINDOW_ORDER, _FRACTION_OFFSET = range(4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slot:
+    """One place in a global batch: a row of a shard (numbered over all sets together).
+
+    copy: which of the row's appearances in the epoch it is, where a set has a weight above 1.
+    """
+
+    shard: int
+    row: int
+    copy: int = 0
+
+
+def default_num_lanes(global_batch_size: int) -> int:
+    """The most lanes up to 64 that a batch divides into: a property of the batch, never of the cluster."""
+    return math.gcd(global_batch_size, 64)
+
+
+def check_lanes(*, global_batch_size: int, num_lanes: int, world_size: int) -> None:
+    """Raise ``UserError`` unless ranks own whole lanes and lanes divide the batch."""
+    if global_batch_size % num_lanes:
+        raise UserError(
+            f"data.num_lanes={num_lanes} does not divide training.global_batch_size={global_batch_size}: "
+            f"choose one of {_divisors(global_batch_size)}"
+        )
+    if num_lanes % world_size:
+        fitting = [lanes for lanes in _divisors(global_batch_size) if lanes % world_size == 0]
+        mend = (
+            f"set data.num_lanes to one of {fitting}"
+            if fitting
+            else f"set training.global_batch_size to a multiple of {world_size}"
+        )
+        raise UserError(f"{world_size} processes cannot share data.num_lanes={num_lanes} evenly: {mend}")
+
+
+class Plan:
+    """The order of one epoch.
+
+    Args:
+        set_sizes: for each data set, the number of rows of each of its shards.
+        set_weights: for each data set, how often an epoch holds each of its rows (1 = once).
+        window_shards: shards per shuffling window; a lane reads about so many at a time.
+
+    Raises:
+        UserError: the sets hold fewer samples than one global batch.
+    """
+
+    def __init__(
+        self,
+        *,
+        set_sizes: Sequence[Sequence[int]],
+        set_weights: Sequence[float],
+        seed: int,
+        epoch: int,
+        global_batch_size: int,
+        num_lanes: int,
+        window_shards: int,
+    ) -> None:
+        assert global_batch_size % num_lanes == 0, "check_lanes comes first"
+        assert len(set_sizes) == len(set_weights)
+        self._seed, self._epoch = seed, epoch
+        self._num_lanes, self._window_shards = num_lanes, window_shards
+        self._lane_batch = global_batch_size // num_lanes
+        self._shard_sizes = np.concatenate([np.asarray(sizes, np.int64) for sizes in set_sizes])
+
+        shards, copies, takes = self._stream_entries(set_sizes, set_weights)
+        order = self._random(_SHARD_ORDER).permutation(len(shards))
+        self._shards, self._copies, self._takes = shards[order], copies[order], takes[order]
+        self._starts = np.concatenate([[0], np.cumsum(self._takes)])  # entry -> first stream position
+        self.num_samples = int(self._starts[-1])
+        self._lane_length = self.num_samples // num_lanes
+        self.num_batches = self._lane_length // self._lane_batch
+        if not self.num_batches:
+            raise UserError(
+                f"an epoch holds {self.num_samples} samples, fewer than one batch: "
+                f"set training.global_batch_size to at most {max(self.num_samples, 1)}"
+            )
+        # An epoch is walked lane window by lane window: few permutations are alive at a time.
+        self._window_order = lru_cache(maxsize=4 * num_lanes)(self._make_window_order)
+        self._row_order = lru_cache(maxsize=4 * num_lanes * window_shards)(self._make_row_order)
+
+    def batch(self, number: int, *, rank: int = 0, world_size: int = 1) -> list[Slot]:
+        """The slots of this rank's part of a global batch, ``global_batch_size / world_size`` of them.
+
+        Concatenated over the ranks in order they are the same list for every world size.
+        """
+        assert 0 <= number < self.num_batches
+        assert self._num_lanes % world_size == 0, "check_lanes comes first"
+        lanes = self._num_lanes // world_size
+        first = number * self._lane_batch
+        return [
+            self._slot(lane, first + step)
+            for lane in range(rank * lanes, (rank + 1) * lanes)
+            for step in range(self._lane_batch)
+        ]
+
+    def _stream_entries(
+        self, set_sizes: Sequence[Sequence[int]], set_weights: Sequence[float]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """(shard, copy number, rows taken) of every entry, in the order of the sets."""
+        parts: list[NDArray[np.int64]] = []
+        first_shard = 0
+        for number, (sizes_given, weight) in enumerate(zip(set_sizes, set_weights, strict=True)):
+            sizes = np.asarray(sizes_given, np.int64)
+            shards = np.arange(first_shard, first_shard + len(sizes))
+            whole, fraction = int(weight), weight - int(weight)
+            parts += [np.stack([shards, np.full_like(shards, copy), sizes]) for copy in range(whole)]
+            if fraction > 0:
+                # Cumulative rounding from a random offset: exact in sum, even over the shards, and no
+                # shard is favoured in every epoch.
+                offset = self._random(_FRACTION_OFFSET, number).integers(len(sizes))
+                rolled = np.roll(sizes, -offset)
+                taken_until = np.rint(fraction * np.concatenate([[0], np.cumsum(rolled)])).astype(np.int64)
+                takes = np.roll(np.diff(taken_until), offset)
+                parts.append(np.stack([shards, np.full_like(shards, whole), takes]))
+            first_shard += len(sizes)
+        shards, copies, takes = np.concatenate(parts, axis=1)
+        return shards, copies, takes
+
+    def _slot(self, lane: int, position: int) -> Slot:
+        lane_start = lane * self._lane_length
+        first_entry = self._entry_at(lane_start)
+        window = (self._entry_at(lane_start + position) - first_entry) // self._window_shards
+        start, order = self._window_order(lane, window)
+        streamed = start + int(order[lane_start + position - start])
+        entry = self._entry_at(streamed)
+        row = self._row_order(entry)[streamed - self._starts[entry]]
+        return Slot(shard=int(self._shards[entry]), row=int(row), copy=int(self._copies[entry]))
+
+    def _entry_at(self, stream_position: int) -> int:
+        return int(np.searchsorted(self._starts, stream_position, side="right")) - 1
+
+    def _make_window_order(self, lane: int, window: int) -> tuple[int, NDArray[np.int64]]:
+        """(first stream position of the window within its lane, its permutation)."""
+        lane_start = lane * self._lane_length
+        first_entry = self._entry_at(lane_start) + window * self._window_shards
+        last_entry = min(first_entry + self._window_shards, len(self._shards))
+        start = max(lane_start, int(self._starts[first_entry]))
+        stop = min(lane_start + self._lane_length, int(self._starts[last_entry]))
+        return start, self._random(_WINDOW_ORDER, lane, window).permutation(stop - start)
+
+    def _make_row_order(self, entry: int) -> NDArray[np.int64]:
+        shard, copy = int(self._shards[entry]), int(self._copies[entry])
+        return self._random(_ROW_ORDER, shard, copy).permutation(self._shard_sizes[shard])
+
+    def _random(self, *words: int) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(np.random.SeedSequence([self._seed, self._epoch, *words])))
+
+
+def evaluation_slots(shard_sizes: Sequence[int], *, rank: int, world_size: int) -> list[Slot]:
+    """Every row exactly once, in a fixed order, dealt to the ranks in turn; nothing is dropped."""
+    every = [Slot(shard=shard, row=row) for shard, size in enumerate(shard_sizes) for row in range(size)]
+    return every[rank::world_size]
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]

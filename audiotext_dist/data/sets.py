@@ -1,0 +1,136 @@
+"""Which sets of shards a run reads: their configuration, their opening, and the plan over them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from audiotext_dist import storage
+from audiotext_dist.data.decode import DecodeConfig, FrameChoice, ShardReader
+from audiotext_dist.data.index import Shard, load_shards
+from audiotext_dist.data.plan import Plan, check_lanes, default_num_lanes
+from audiotext_dist.data.sample import AUDIO_MEMBER, METADATA_MEMBER, ClipMetadata, frame_member
+from audiotext_dist.errors import UserError, require_positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetConfig:
+    """One set of shards.
+
+    shards: folder, glob or ``{00000..00099}.tar`` braces, local or a URL. weight: how often an epoch
+    holds each clip. relevance (evaluation only): ``labels``, every clip that shares a label is found; or a file that
+    says which captions truly describe which clips.
+    """
+
+    shards: str = "???"
+    weight: float = 1.0
+    relevance: str | None = None
+
+    def __post_init__(self) -> None:
+        storage.check_no_credentials(self.shards)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which clips are read, and how."""
+
+    train: dict[str, SetConfig] = field(default_factory=dict)
+    validation: dict[str, SetConfig] = field(default_factory=dict)
+    sample_rate_hz: int = 32000
+    clip_seconds: float = 10.0
+    num_frames: int = 4
+    num_lanes: int | None = None  # default: the most up to 64 that the batch divides into
+    window_shards: int = 4
+    num_workers: int = 2  # DataLoader workers a rank
+    max_bad_share: float = 0.01  # of the samples read so far; above it the run stops
+
+    def __post_init__(self) -> None:
+        for name, chosen in {**self.train, **self.validation}.items():
+            if not 0 < chosen.weight < math.inf:
+                raise UserError(f"data set '{name}' has weight {chosen.weight}: give one above 0, or leave the set out")
+        require_positive(self, "data", "sample_rate_hz", "clip_seconds", "num_frames", "num_lanes", "window_shards")
+        if not 0 <= self.max_bad_share <= 1:
+            raise UserError(f"data.max_bad_share={self.max_bad_share} must lie in [0, 1]")
+        if self.num_workers < 0:
+            raise UserError(f"data.num_workers={self.num_workers} must be 0 or more")
+
+    def decode_config(
+        self, *, audio: bool = True, frames: FrameChoice, frame_pixels: int, random: bool
+    ) -> DecodeConfig:
+        """The decoder's part of this configuration."""
+        return DecodeConfig(
+            sample_rate_hz=self.sample_rate_hz,
+            clip_seconds=self.clip_seconds,
+            audio=audio,
+            frames=frames,
+            num_frames=self.num_frames,
+            frame_pixels=frame_pixels,
+            random=random,
+        )
+
+
+def open_sets(sets: dict[str, SetConfig], config: DataConfig, *, frames: bool, captions: bool) -> list[list[Shard]]:
+    """The shards of every set, checked against what the recipe needs of them.
+
+    Raises:
+        UserError: a set is missing, empty, at another sample rate, or lacks frames or captions.
+    """
+    opened = []
+    for name, chosen in sets.items():
+        try:
+            shards = load_shards(chosen.shards)
+        except UserError as error:
+            raise UserError(f"data set '{name}': {error}") from None
+        shards = [shard for shard in shards if shard.index.num_samples]
+        if not shards:
+            raise UserError(f"data set '{name}' at {storage.public_name(chosen.shards)} holds no clips: build it again")
+        _check_first_clip(name, shards, config, frames=frames, captions=captions)
+        opened.append(shards)
+    return opened
+
+
+def _check_first_clip(name: str, shards: list[Shard], config: DataConfig, *, frames: bool, captions: bool) -> None:
+    index = shards[0].index
+    needed = [AUDIO_MEMBER, METADATA_MEMBER] + [frame_member(i) for i in range(config.num_frames) if frames]
+    missing = [member for member in needed if index.span(0, member) is None]
+    if missing:
+        raise UserError(
+            f"data set '{name}' has no {', '.join(missing)} in its first clip: "
+            "build it with as many frames as data.num_frames, or choose another task"
+        )
+    metadata = ClipMetadata.from_json(ShardReader(shards[:1]).read(0, 0, METADATA_MEMBER), index.keys[0])
+    if metadata.sample_rate not in (0, config.sample_rate_hz):
+        raise UserError(
+            f"data set '{name}' was built at {metadata.sample_rate} Hz: set data.sample_rate_hz to that, "
+            f"or build it with sample_rate_hz={config.sample_rate_hz}"
+        )
+    if captions and not metadata.text:
+        raise UserError(f"data set '{name}' has no captions, and this task needs them: choose another set or task")
+
+
+def make_plan(
+    sets: Sequence[Sequence[Shard]],
+    config: DataConfig,
+    *,
+    seed: int,
+    epoch: int,
+    global_batch_size: int,
+    world_size: int,
+) -> Plan:
+    """The plan of one epoch over the training sets.
+
+    Raises:
+        UserError: the batch, the lanes and the ranks do not fit together, or the sets are too small.
+    """
+    num_lanes = config.num_lanes or default_num_lanes(global_batch_size)
+    check_lanes(global_batch_size=global_batch_size, num_lanes=num_lanes, world_size=world_size)
+    return Plan(
+        set_sizes=[[shard.index.num_samples for shard in shards] for shards in sets],
+        set_weights=[chosen.weight for chosen in config.train.values()],
+        seed=seed,
+        epoch=epoch,
+        global_batch_size=global_batch_size,
+        num_lanes=num_lanes,
+        window_shards=config.window_shards,
+    )

@@ -1,0 +1,100 @@
+"""Who this process is, and the few collectives that are not part of a loss."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """One process among all: ``rank`` of ``size``, and the same on its own node."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @classmethod
+    def from_environment(cls) -> World:
+        """As the launcher's environment variables say; alone without them.
+
+        DeepSpeed's launcher says LOCAL_SIZE where torchrun says LOCAL_WORLD_SIZE.
+        """
+        local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
+        return cls(
+            rank=int(os.environ.get("RANK", "0")),
+            size=int(os.environ.get("WORLD_SIZE", "1")),
+            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+            local_size=int(local_size),
+        )
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes files and speaks."""
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        """This process's accelerator, or the CPU."""
+        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def is_parallel() -> bool:
+    """True when a process group of more than one rank is up."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if is_parallel():
+        dist.barrier()
+
+
+def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The mean over ranks of a tensor that has the same shape everywhere."""
+    if not is_parallel():
+        return values
+    total = values.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def min_and_max_over_ranks(value: float, device: torch.device) -> tuple[float, float]:
+    """The least and the greatest of a number over all ranks."""
+    both = torch.tensor([-value, value], dtype=torch.float64, device=device)
+    if is_parallel():
+        dist.all_reduce(both, op=dist.ReduceOp.MAX)
+    return -float(both[0]), float(both[1])
+
+
+def sum_over_ranks(value: int, device: torch.device) -> int:
+    """The sum over ranks of a count."""
+    total = torch.tensor([value], dtype=torch.int64, device=device)
+    if is_parallel():
+        dist.all_reduce(total)
+    return int(total.item())
+
+
+def from_main(item: Item | None) -> Item:
+    """What rank 0 holds, on every rank."""
+    box: list[Any] = [item]
+    if is_parallel():
+        dist.broadcast_object_list(box, src=0)
+    found: Item = box[0]
+    return found
+
+
+def gather_items(item: Item) -> list[Item]:
+    """Every rank's item, in rank order, on every rank."""
+    if not is_parallel():
+        return [item]
+    boxes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(boxes, item)
+    return boxes

@@ -1,0 +1,44 @@
+"""The one error that means: the person, not the program, can mend this."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """Wrong input. The message is one line that names the thing and the mend.
+
+    on_every_rank: False for what only one rank can have met, such as a clip of its own share.
+    """
+
+    on_every_rank = True
+
+
+def require_positive(config: object, prefix: str, *keys: str) -> None:
+    """Raise ``UserError`` unless each of these numbers, where it is set, is finite and above 0."""
+    for key in keys:
+        value = getattr(config, key)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{prefix}.{key}={value} must be above 0")
+
+
+def run_for_people(main: Callable[[], None]) -> None:
+    """Run an entry point; a ``UserError``, or a file that cannot be had, becomes one line and exit code 2.
+
+    Under a launcher what every rank meets is said by local rank 0 alone.
+    """
+    try:
+        main()
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0" or not error.on_every_rank:
+            sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from None
+    except OSError as error:
+        named = f": {error.filename}" if error.filename else ""
+        sys.stderr.write(f"error: {error.strerror or error}{named}\n")
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

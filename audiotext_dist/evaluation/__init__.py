@@ -1,0 +1,1 @@
+"""Retrieval: the metrics (pure), their computation over a set, and the report."""

@@ -1,0 +1,247 @@
+"""A model's retrieval on one set: embed each rank's share, gather, rank in both directions.
+
+Clips and captions come with every one of their rows: a fixed crop, the middle frame, all captions. The
+pairs are a clip with its own frame or captions; with a relevance (labels, or a file of what captions truly
+describe) the same embeddings are scored a second time against that.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from audiotext_dist import storage
+from audiotext_dist.data.index import Shard
+from audiotext_dist.data.loader import Batch, EvaluationBatches, iterate
+from audiotext_dist.data.sets import DataConfig, SetConfig
+from audiotext_dist.distributed import World, gather_items
+from audiotext_dist.errors import UserError
+from audiotext_dist.evaluation.metrics import chance_metrics, retrieval_metrics
+from audiotext_dist.models.dual_encoder import DualEncoder, Task
+
+LABEL_RELEVANCE = "labels"
+
+
+class EmbeddedClip(NamedTuple):
+    """One clip's embeddings: a row for its audio or frame, as many as it has captions for its text."""
+
+    key: str
+    labels: list[str]
+    first_RD: NDArray[np.float32]
+    second_RD: NDArray[np.float32]
+
+
+class Rows(NamedTuple):
+    """One side of a set: every row's embedding, and the number of the clip that it belongs to."""
+
+    embeddings_RD: NDArray[np.float32]
+    clip_R: NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirectionResult:
+    """One direction's metrics with what chance would give."""
+
+    num_queries: int
+    num_items: int
+    metrics: dict[str, float]
+    chance: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalResult:
+    """Both directions, by name: ``audio->text`` against own pairs, ``audio->text (labels)`` against a relevance."""
+
+    set_name: str
+    num_clips: int
+    directions: dict[str, DirectionResult] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def evaluate_set(
+    model: DualEncoder,
+    task: Task,
+    shards: Sequence[Shard],
+    data: DataConfig,
+    chosen: SetConfig,
+    *,
+    set_name: str,
+    batch_size: int,
+    world: World,
+) -> RetrievalResult:
+    """Retrieval in both directions; every rank calls it, and gets the whole result.
+
+    Raises:
+        UserError: a clip that cannot be decoded or embedded, a clip without captions, a broken relevance file.
+    """
+    was_training = model.training
+    model.eval()
+    decode = data.decode_config(
+        audio="audio" in task,
+        frames="middle" if "image" in task else "none",
+        frame_pixels=model.frame_pixels,
+        random=False,
+    )
+    batches = EvaluationBatches(shards, decode, world=world, batch_size=batch_size)
+    own: list[EmbeddedClip] = []
+    for batch in iterate(batches, range(len(batches)), num_workers=data.num_workers, device=world.device):
+        own += _embed(model, task, batch)
+    model.train(was_training)
+    # Sorted by key, the rows stand in the same order for every world size.
+    clips = sorted((clip for share in gather_items(own) for clip in share), key=lambda clip: clip.key)
+    _check_caption_counts(clips, set_name)
+    first, second = task.split("-")
+    rows = {first: _rows([clip.first_RD for clip in clips]), second: _rows([clip.second_RD for clip in clips])}
+    result = RetrievalResult(set_name=set_name, num_clips=len(clips))
+    for query, item in ((first, second), (second, first)):
+        result.directions[f"{query}->{item}"] = _score(rows[query], rows[item], _related(rows[query], rows[item]))
+    if chosen.relevance is not None:
+        related = _relations(chosen.relevance, clips, rows[first], rows[second])
+        name = "labels" if chosen.relevance == LABEL_RELEVANCE else "truth"
+        result.directions[f"{first}->{second} ({name})"] = _score(rows[first], rows[second], related)
+        inverse = _invert(related, len(rows[second].clip_R))
+        result.directions[f"{second}->{first} ({name})"] = _score(rows[second], rows[first], inverse)
+    return result
+
+
+def _check_caption_counts(clips: Sequence[EmbeddedClip], set_name: str) -> None:
+    # Rank-based figures of clips with two captions and of clips with five do not average to anything known.
+    fewest, most = (pick(clips, key=lambda clip: len(clip.second_RD)) for pick in (min, max))
+    if len(fewest.second_RD) != len(most.second_RD):
+        raise UserError(
+            f"clip {fewest.key} of set '{set_name}' has {len(fewest.second_RD)} captions and {most.key} has "
+            f"{len(most.second_RD)}: an evaluation set has as many for every clip"
+        )
+
+
+def _embed(model: DualEncoder, task: Task, batch: Batch) -> list[EmbeddedClip]:
+    sides: list[list[NDArray[np.float32]]] = []
+    for modality in task.split("-"):
+        match modality:
+            case "audio":
+                rows_RD = model.embed_audio(batch.waveform_BS, batch.num_valid_samples_B)
+                sides.append(list(rows_RD.cpu().numpy()[:, None]))
+            case "image":
+                rows_RD = model.embed_images(batch.frames_BLHWC[:, 0])
+                sides.append(list(rows_RD.cpu().numpy()[:, None]))
+            case "text":
+                sides.append(_embed_captions(model, batch))
+    return [
+        EmbeddedClip(key=key, labels=metadata.labels, first_RD=first_RD, second_RD=second_RD)
+        for key, metadata, first_RD, second_RD in zip(batch.keys, batch.metadata, *sides, strict=True)
+    ]
+
+
+def _embed_captions(model: DualEncoder, batch: Batch) -> list[NDArray[np.float32]]:
+    assert model.text is not None
+    for key, metadata in zip(batch.keys, batch.metadata, strict=True):
+        if not metadata.text:
+            raise UserError(f"clip {key} has no caption to be found by: rebuild the set without it")
+    captions = [caption for metadata in batch.metadata for caption in metadata.text]
+    tokens_RC = model.text.tokenize(captions).to(batch.waveform_BS.device)
+    rows_RD = model.embed_text(tokens_RC).cpu().numpy()
+    return np.split(rows_RD, np.cumsum([len(metadata.text) for metadata in batch.metadata])[:-1])
+
+
+def _rows(clips: Sequence[NDArray[np.float32]]) -> Rows:
+    counts = [len(rows_RD) for rows_RD in clips]
+    return Rows(np.concatenate(clips), np.repeat(np.arange(len(clips)), counts))
+
+
+def _score(queries: Rows, items: Rows, relevant: Sequence[NDArray[np.int64]]) -> DirectionResult:
+    num_items = len(items.embeddings_RD)
+    return DirectionResult(
+        num_queries=len(queries.embeddings_RD),
+        num_items=num_items,
+        metrics=retrieval_metrics(queries.embeddings_RD, items.embeddings_RD, relevant),
+        chance=chance_metrics(num_items, relevant),
+    )
+
+
+def _related(queries: Rows, items: Rows) -> list[NDArray[np.int64]]:
+    """For each query, the rows of the same clip on the other side."""
+    rows_of_clip = _rows_by(items.clip_R.tolist())
+    return [rows_of_clip[clip] for clip in queries.clip_R]
+
+
+def _relations(relevance: str, clips: Sequence[EmbeddedClip], first: Rows, second: Rows) -> list[NDArray[np.int64]]:
+    """For each row of the first side, the rows of the second that it truly matches."""
+    if relevance == LABEL_RELEVANCE:
+        clips_with = defaultdict(list)
+        for number, clip in enumerate(clips):
+            for label in clip.labels:
+                clips_with[label].append(number)
+        rows_of_clip = _rows_by(second.clip_R.tolist())
+        alike = [sorted({other for label in clip.labels for other in clips_with[label]}) for clip in clips]
+        return [np.concatenate([rows_of_clip[other] for other in alike[clip] or [clip]]) for clip in first.clip_R]
+    return _relations_from_file(relevance, clips, second)
+
+
+def _relations_from_file(path: str, clips: Sequence[EmbeddedClip], captions: Rows) -> list[NDArray[np.int64]]:
+    """For each clip, the caption rows that truly describe it, as a relevance file's lines say."""
+    number_of = {clip.key: number for number, clip in enumerate(clips)}
+    first_row = np.searchsorted(captions.clip_R, np.arange(len(clips) + 1))
+    found: list[list[int]] = [[] for _ in clips]
+    for line in _read_relevance(path):
+        rows = []
+        for key, caption in line["captions"]:
+            if key in number_of:
+                row = int(first_row[number_of[key]]) + caption
+                if not first_row[number_of[key]] <= row < first_row[number_of[key] + 1]:
+                    raise UserError(f"{storage.public_name(path)} names caption {caption} of {key}, which has fewer")
+                rows.append(row)
+        for key in line["clips"]:
+            if key in number_of:
+                found[number_of[key]] += rows
+    return [np.array(sorted(rows), np.int64) for rows in found]
+
+
+def check_relevance(relevance: str | None, task: Task, set_name: str) -> None:
+    """Raise ``UserError`` where a set's relevance cannot be read, or says nothing of this task's two sides."""
+    if relevance is None or relevance == LABEL_RELEVANCE:
+        return
+    if not task.endswith("-text"):
+        raise UserError(
+            f"data.validation.{set_name}.relevance is a file about captions, which task={task} has not: "
+            "take the file away, or give relevance=labels"
+        )
+    _read_relevance(relevance)
+
+
+def _read_relevance(path: str) -> list[dict[str, Any]]:
+    try:
+        lines = [json.loads(line) for line in storage.read_bytes(path).splitlines()]
+        for line in lines:
+            line["captions"] = [(str(key), int(caption)) for key, caption in line["captions"]]
+            line["clips"] = [str(key) for key in line["clips"]]
+    except OSError as error:
+        raise UserError(
+            f"no relevance file at {storage.public_name(path)} ({error.strerror}): check the path"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{storage.public_name(path)} is no relevance file ({error!r}): each line holds "
+            '{"captions": [[clip key, caption number], ...], "clips": [clip key, ...]}'
+        ) from None
+    return lines
+
+
+def _invert(related: Sequence[NDArray[np.int64]], num_items: int) -> list[NDArray[np.int64]]:
+    queries = np.repeat(np.arange(len(related)), [len(items) for items in related])
+    rows_of_item = _rows_by(np.concatenate(related).tolist(), queries)
+    return [rows_of_item.get(item, np.zeros(0, np.int64)) for item in range(num_items)]
+
+
+def _rows_by(groups: Sequence[int], rows: NDArray[np.int64] | None = None) -> dict[int, NDArray[np.int64]]:
+    """Group number -> its rows, ascending."""
+    by_group: dict[int, list[int]] = defaultdict(list)
+    for row, group in zip(range(len(groups)) if rows is None else rows, groups, strict=True):
+        by_group[group].append(int(row))
+    return {group: np.array(members, np.int64) for group, members in by_group.items()}

@@ -1,0 +1,1 @@
+"""Contrastive losses over negatives gathered from every rank."""

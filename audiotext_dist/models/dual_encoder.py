@@ -1,0 +1,192 @@
+"""Two towers and a temperature: the one model of every recipe. The task says which two.
+
+Shapes: N rows of a batch, D embedding, S samples, H and W picture, C context length.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from audiotext_dist.errors import UserError, require_positive
+from audiotext_dist.models.audio import AudioTower, AudioTowerConfig, create_audio_tower
+from audiotext_dist.models.image import ImageTower, ImageTowerConfig
+from audiotext_dist.models.text import TextTower, TextTowerConfig
+
+Task = Literal["audio-image", "audio-text", "image-text"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Towers and temperature; a task builds only the two towers it names.
+
+    init_temperature: of the softmax; CLIP's 0.07. max_logit_scale: upper bound of 1 / temperature.
+    """
+
+    audio: AudioTowerConfig = field(default_factory=AudioTowerConfig)
+    image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
+    text: TextTowerConfig = field(default_factory=TextTowerConfig)
+    init_temperature: float = 0.07
+    learn_temperature: bool = True
+    max_logit_scale: float = 100.0
+
+    def without_weights(self) -> ModelConfig:
+        """The same towers, to be filled from a checkpoint: nothing is read or downloaded to build them."""
+        audio = dataclasses.replace(self.audio, pretrained=None, init=None, init_from_image=False)
+        if self.audio.init_from_image:
+            audio = dataclasses.replace(audio, name=self.image.name)
+        return dataclasses.replace(
+            self,
+            audio=audio,
+            image=dataclasses.replace(self.image, pretrained=None, init=None),
+            text=dataclasses.replace(self.text, pretrained=None, init=None),
+        )
+
+    def __post_init__(self) -> None:
+        require_positive(self, "model", "init_temperature", "max_logit_scale")
+        if 1 / self.max_logit_scale > self.init_temperature:
+            raise UserError(
+                f"model.init_temperature={self.init_temperature} is below 1 / model.max_logit_scale="
+                f"{1 / self.max_logit_scale:g}: raise one of them"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInputs:
+    """A batch as the towers read it; None where the task does not need it.
+
+    waveform_NS: int16, or float in [-1, 1]. mask_uniforms_N4: see ``Fbank.forward``; None at evaluation.
+    frames_NHWC: uint8 RGB. tokens_NC: from ``TextTower.tokenize``.
+    """
+
+    waveform_NS: Tensor | None = None
+    num_valid_samples_N: Tensor | None = None
+    mask_uniforms_N4: Tensor | None = None
+    frames_NHWC: Tensor | None = None
+    tokens_NC: Tensor | None = None
+
+
+class DualEncoder(nn.Module):
+    """Two of the three towers into one space.
+
+    logit_scale: the log of the scale of the cosines, shape (1,), since DeepSpeed takes no 0-dim parameter.
+    autocast_dtype: what the towers compute in; None leaves that to the caller.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        audio: AudioTower | None,
+        image: ImageTower | None,
+        text: TextTower | None,
+        autocast_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.audio = audio
+        self.image = image
+        self.text = text
+        self.autocast_dtype = autocast_dtype
+        self.max_log_scale = math.log(config.max_logit_scale)
+        self.logit_scale = nn.Parameter(
+            torch.full((1,), -math.log(config.init_temperature)), requires_grad=config.learn_temperature
+        )
+
+    def forward(self, inputs: ModelInputs) -> tuple[Tensor, Tensor]:
+        """The task's two sides in the order of its name, each float32 [N, D] of unit length."""
+        sides = []
+        if self.audio is not None:
+            assert inputs.waveform_NS is not None
+            assert inputs.num_valid_samples_N is not None
+            sides.append(self.embed_audio(inputs.waveform_NS, inputs.num_valid_samples_N, inputs.mask_uniforms_N4))
+        if self.image is not None:
+            assert inputs.frames_NHWC is not None
+            sides.append(self.embed_images(inputs.frames_NHWC))
+        if self.text is not None:
+            assert inputs.tokens_NC is not None
+            sides.append(self.embed_text(inputs.tokens_NC))
+        first_ND, second_ND = sides
+        return first_ND, second_ND
+
+    def embed_audio(
+        self, waveform_NS: Tensor, num_valid_samples_N: Tensor, mask_uniforms_N4: Tensor | None = None
+    ) -> Tensor:
+        """As ``Fbank.forward``; float32 [N, D] of unit length."""
+        assert self.audio is not None
+        with self._precision(waveform_NS.device):
+            embedding_ND = self.audio(waveform_NS, num_valid_samples_N, mask_uniforms_N4)
+        return _unit_length(embedding_ND)
+
+    def embed_images(self, frames_NHWC: Tensor) -> Tensor:
+        """uint8 RGB [N, H, W, 3] -> float32 [N, D] of unit length."""
+        assert self.image is not None
+        with self._precision(frames_NHWC.device):
+            embedding_ND = self.image(frames_NHWC)
+        return _unit_length(embedding_ND)
+
+    def embed_text(self, tokens_NC: Tensor) -> Tensor:
+        """int64 [N, C] from ``TextTower.tokenize`` -> float32 [N, D] of unit length."""
+        assert self.text is not None
+        with self._precision(tokens_NC.device):
+            embedding_ND = self.text(tokens_NC)
+        return _unit_length(embedding_ND)
+
+    @property
+    def frame_pixels(self) -> int:
+        """Side of the square pictures that the image tower reads; 0 without one."""
+        return 0 if self.image is None else self.image.transform.size
+
+    def scale(self) -> Tensor:
+        """1 / temperature, at most ``max_logit_scale``; shape (1,).
+
+        The bound is on the value alone: a clamped gradient would hold the scale at its bound for good.
+        """
+        excess = (self.logit_scale - self.max_log_scale).clamp(min=0.0).detach()
+        return (self.logit_scale - excess).exp()
+
+    def _precision(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, dtype=self.autocast_dtype)
+
+
+def build_model(
+    config: ModelConfig, task: Task, sample_rate_hz: int, autocast_dtype: torch.dtype | None = None
+) -> DualEncoder:
+    """The two towers of the task, on the CPU, pretrained where the configuration says so.
+
+    Raises:
+        UserError: a tower that cannot be made, towers of different embedding sizes, or
+            ``audio.init_from_image`` in a task without an image tower.
+    """
+    modalities = task.split("-")
+    image = ImageTower(config.image) if "image" in modalities else None
+    text = TextTower(config.text) if "text" in modalities else None
+    audio = None
+    if "audio" in modalities:
+        if config.audio.init_from_image:
+            if image is None:
+                raise UserError(
+                    f"task={task} has no image tower for model.audio.init_from_image=true: "
+                    "set model.audio.name and model.audio.pretrained instead"
+                )
+            audio = AudioTower(config.audio, sample_rate_hz, image.visual)
+        else:
+            audio = create_audio_tower(config.audio, sample_rate_hz)
+    dims = [f"{tower.embed_dim}" for tower in (audio, image, text) if tower is not None]
+    if dims[0] != dims[1]:
+        raise UserError(
+            f"the {modalities[0]} tower gives {dims[0]} dimensions and the {modalities[1]} tower {dims[1]}: "
+            "choose two models of one size"
+        )
+    return DualEncoder(config, audio=audio, image=image, text=text, autocast_dtype=autocast_dtype)
+
+
+def _unit_length(embedding_ND: Tensor) -> Tensor:
+    return nn.functional.normalize(embedding_ND.float(), dim=-1)

@@ -1,0 +1,189 @@
+"""Raw batches to tower inputs, on the device that holds them: waveforms to FBANK, frames to pixels.
+
+Everything here is float32, under autocast too: a log of small energies does not survive fewer bits.
+
+Shapes: N clips or frames of a batch, S samples, T FBANK frames, W samples of an FBANK frame, K frequencies
+of its spectrum, F mel bins, H and W also height and width of a picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torchaudio.compliance.kaldi import get_mel_banks
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2.functional import center_crop, resize
+
+from audiotext_dist.errors import UserError
+
+LOWEST_FREQUENCY_HZ = 20.0
+PREEMPHASIS = 0.97
+INT16_FULL_SCALE = 32768.0
+# A clip grows about 30-fold on its way to the filter banks: a few at once bound the memory, and fit a CPU's cache.
+CLIPS_AT_ONCE = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class FbankConfig:
+    """Kaldi filter banks, their normalisation, and SpecAugment.
+
+    num_fbank_frames: the length every clip is cut or padded to; 1000 is 10 s. mean, std: of the dataset's
+    log-mel energies; the defaults are VIP-ANT's for AudioSet (Zhao et al. 2022). freq_mask_bins,
+    time_mask_frames: the widest mask, 0 for none (Park et al. 2019).
+
+    Raises:
+        UserError: a mask wider than the spectrogram, or a size that is not positive.
+    """
+
+    num_mel_bins: int = 128
+    frame_length_ms: float = 25.0
+    frame_shift_ms: float = 10.0
+    num_fbank_frames: int = 1000
+    mean: float = -4.93839311
+    std: float = 5.75751113
+    freq_mask_bins: int = 32
+    time_mask_frames: int = 200
+
+    def __post_init__(self) -> None:
+        for name in ("num_mel_bins", "frame_length_ms", "frame_shift_ms", "num_fbank_frames", "std"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"fbank.{name} is {getattr(self, name)}: give a value above 0")
+        limits = {"freq_mask_bins": self.num_mel_bins, "time_mask_frames": self.num_fbank_frames}
+        for name, limit in limits.items():
+            if not 0 <= getattr(self, name) <= limit:
+                raise UserError(f"fbank.{name} is {getattr(self, name)}: give a value from 0 to {limit}")
+
+
+class Fbank(nn.Module):
+    """Normalised Kaldi FBANK of a batch of clips, with SpecAugment where the caller asks for it.
+
+    Equals ``torchaudio.compliance.kaldi.fbank`` with ``htk_compat``, no energy, a Hanning window and no
+    dither. VIP-ANT takes the clip's mean from the waveform first; Kaldi takes each frame's, so that is done.
+    """
+
+    window_W: Tensor
+    mel_bank_KF: Tensor
+
+    def __init__(self, config: FbankConfig, sample_rate_hz: int) -> None:
+        super().__init__()
+        self.config = config
+        # Kaldi truncates both to whole samples.
+        self.window_samples = int(sample_rate_hz * config.frame_length_ms * 0.001)
+        self.shift_samples = int(sample_rate_hz * config.frame_shift_ms * 0.001)
+        if self.window_samples < 2 or self.shift_samples < 1:
+            raise UserError(
+                f"fbank.frame_length_ms={config.frame_length_ms} and fbank.frame_shift_ms={config.frame_shift_ms} "
+                f"are below a sample at {sample_rate_hz} Hz: make them longer"
+            )
+        self.fft_size = 1 << (self.window_samples - 1).bit_length()
+        mel_bank_FK, _ = get_mel_banks(
+            num_bins=config.num_mel_bins,
+            window_length_padded=self.fft_size,
+            sample_freq=float(sample_rate_hz),
+            low_freq=LOWEST_FREQUENCY_HZ,
+            high_freq=0.0,  # Kaldi's word for Nyquist
+            vtln_low=100.0,
+            vtln_high=-500.0,
+            vtln_warp_factor=1.0,
+        )
+        # Kaldi's filters leave out the Nyquist bin.
+        mel_bank_KF = functional.pad(mel_bank_FK, (0, 1)).T.contiguous()
+        self.register_buffer("mel_bank_KF", mel_bank_KF, persistent=False)
+        self.register_buffer("window_W", torch.hann_window(self.window_samples, periodic=False), persistent=False)
+
+    def forward(
+        self, waveform_NS: Tensor, num_valid_samples_N: Tensor, mask_uniforms_N4: Tensor | None = None
+    ) -> Tensor:
+        """Log-mel energies minus mean over std; 0, the dataset's mean, in padding and in masks.
+
+        Args:
+            waveform_NS: mono, int16 or float in [-1, 1], padded at the end.
+            num_valid_samples_N: samples of each clip before its padding.
+            mask_uniforms_N4: four numbers in [0, 1) a clip: width and start of the frequency mask, width and
+                start of the time mask. Drawn by the caller, so that a clip's masks do not depend on which
+                rank meets it. None: no masks.
+
+        Returns:
+            float32 [N, 1, num_fbank_frames, num_mel_bins].
+        """
+        config = self.config
+        with torch.autocast(waveform_NS.device.type, enabled=False):
+            fbank_NTF = (self.log_mel_energies(waveform_NS) - config.mean) / config.std
+            blank_NTF = ~self.is_valid_frame(num_valid_samples_N)[:, :, None]
+            if mask_uniforms_N4 is not None:
+                u_4N = mask_uniforms_N4.unbind(1)
+                blank_NF = span_mask(u_4N[0], u_4N[1], config.freq_mask_bins, config.num_mel_bins)
+                blank_NT = span_mask(u_4N[2], u_4N[3], config.time_mask_frames, config.num_fbank_frames)
+                blank_NTF = blank_NTF | blank_NF[:, None, :] | blank_NT[:, :, None]
+            return fbank_NTF.masked_fill(blank_NTF, 0.0).unsqueeze(1)
+
+    def log_mel_energies(self, waveform_NS: Tensor) -> Tensor:
+        """Kaldi's log-mel energies before any normalisation, float32 [N, num_fbank_frames, num_mel_bins]."""
+        assert self.mel_bank_KF.dtype == torch.float32, "the frontend was cast to fewer bits"
+        return torch.cat([self._log_mel_energies(chunk_NS) for chunk_NS in torch.split(waveform_NS, CLIPS_AT_ONCE)])
+
+    def _log_mel_energies(self, waveform_NS: Tensor) -> Tensor:
+        if waveform_NS.dtype == torch.int16:
+            waveform_NS = waveform_NS.float() / INT16_FULL_SCALE
+        num_samples = (self.config.num_fbank_frames - 1) * self.shift_samples + self.window_samples
+        # A negative pad cuts.
+        waveform_NS = functional.pad(waveform_NS.float(), (0, num_samples - waveform_NS.shape[1]))
+        frames_NTW = waveform_NS.unfold(1, self.window_samples, self.shift_samples)
+        frames_NTW = frames_NTW - frames_NTW.mean(dim=-1, keepdim=True)
+        # The Hanning window begins with 0, so the first sample, which has no previous one, does not count.
+        emphasised_NTW = (frames_NTW[..., 1:] - PREEMPHASIS * frames_NTW[..., :-1]) * self.window_W[1:]
+        spectrum_NTK = torch.fft.rfft(functional.pad(emphasised_NTW, (1, self.fft_size - self.window_samples)))
+        power_NTK = spectrum_NTK.real.square() + spectrum_NTK.imag.square()
+        energies_NTF: Tensor = power_NTK @ self.mel_bank_KF
+        return energies_NTF.clamp(min=torch.finfo(torch.float32).eps).log()
+
+    def is_valid_frame(self, num_valid_samples_N: Tensor) -> Tensor:
+        """True where a frame lies wholly inside its clip, bool [N, num_fbank_frames].
+
+        These are the frames Kaldi makes of the clip alone, so the result does not depend on the padding.
+        """
+        end_T = (
+            torch.arange(self.config.num_fbank_frames, device=num_valid_samples_N.device) * self.shift_samples
+            + self.window_samples
+        )
+        return end_T <= num_valid_samples_N[:, None]
+
+
+def span_mask(width_uniform_N: Tensor, start_uniform_N: Tensor, max_width: int, size: int) -> Tensor:
+    """One span a row: width uniform in 0..max_width, then start uniform where it fits; bool [N, size].
+
+    Args:
+        width_uniform_N: in [0, 1).
+        start_uniform_N: in [0, 1).
+        max_width: at most ``size``.
+        size: positions a row.
+    """
+    width_N = (width_uniform_N * (max_width + 1)).long()
+    start_N = (start_uniform_N * (size - width_N + 1)).long()
+    position = torch.arange(size, device=width_uniform_N.device)
+    return (position >= start_N[:, None]) & (position < (start_N + width_N)[:, None])
+
+
+class ImageTransform(nn.Module):
+    """CLIP's evaluation transform in batches: shorter side to ``size`` (bicubic), centre crop, normalise."""
+
+    mean_3: Tensor
+    std_3: Tensor
+
+    def __init__(self, size: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.size = size
+        self.register_buffer("mean_3", torch.tensor(mean), persistent=False)
+        self.register_buffer("std_3", torch.tensor(std), persistent=False)
+
+    def forward(self, frames_NHWC: Tensor) -> Tensor:
+        """uint8 RGB [N, H, W, 3] -> float32 [N, 3, size, size]."""
+        assert frames_NHWC.dtype == torch.uint8, "the resize clamps and rounds only for uint8"
+        frames_NCHW = frames_NHWC.permute(0, 3, 1, 2)
+        frames_NCHW = resize(frames_NCHW, [self.size], InterpolationMode.BICUBIC, antialias=True)
+        pixels_NCHW: Tensor = center_crop(frames_NCHW, [self.size, self.size]).float() / 255.0
+        return (pixels_NCHW - self.mean_3[:, None, None]) / self.std_3[:, None, None]

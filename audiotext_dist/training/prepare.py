@@ -1,0 +1,120 @@
+"""Open the data and build the model of a recipe: everything a person can get wrong is met here, before any
+process group starts.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from audiotext_dist.data.index import Shard
+from audiotext_dist.data.plan import Plan
+from audiotext_dist.data.sets import make_plan, open_sets
+from audiotext_dist.distributed import World
+from audiotext_dist.errors import UserError
+from audiotext_dist.evaluation.retrieval import check_relevance
+from audiotext_dist.models.audio import AudioTower
+from audiotext_dist.models.dual_encoder import DualEncoder, build_model
+from audiotext_dist.training import checkpoint
+from audiotext_dist.training.checkpoint import Progress
+from audiotext_dist.training.recipe import Recipe
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A run that is known to be possible."""
+
+    recipe: Recipe
+    world: World
+    model: DualEncoder
+    train_sets: list[list[Shard]]
+    validation_sets: dict[str, list[Shard]]
+
+    def plan(self, epoch: int) -> Plan:
+        """The order of one epoch."""
+        return make_plan(
+            self.train_sets,
+            self.recipe.data,
+            seed=self.recipe.training.seed,
+            epoch=epoch,
+            global_batch_size=self.recipe.training.global_batch_size,
+            world_size=self.world.size,
+        )
+
+    def start(self) -> Progress:
+        """Where a new run begins."""
+        return Progress(
+            step=0,
+            epoch=0,
+            batch=0,
+            seed=self.recipe.training.seed,
+            global_batch_size=self.recipe.training.global_batch_size,
+            # Every epoch has as many: weights are exact and the tail is dropped.
+            steps_an_epoch=self.plan(epoch=0).num_batches,
+            world_size=self.world.size,
+            optimizer=self.recipe.optim.name,
+            zero_stage=self.recipe.engine.zero_stage,
+        )
+
+
+def prepare(recipe: Recipe, world: World) -> Prepared:
+    """Open the data, build the model, check that all fits together.
+
+    Raises:
+        UserError: one line that names the thing and the mend.
+    """
+    recipe.check_world(world.size)
+    _check_writable(Path(recipe.run_dir))
+    if recipe.training.resume == "never" and checkpoint.has_checkpoints(Path(recipe.run_dir)):
+        raise UserError(
+            f"{recipe.run_dir} holds checkpoints of an earlier run: "
+            "go on with training.resume=auto, or start anew under another name= or run_dir="
+        )
+    frames, captions = "image" in recipe.task, "text" in recipe.task
+    train_sets = open_sets(recipe.data.train, recipe.data, frames=frames, captions=captions)
+    validation_sets = open_sets(recipe.data.validation, recipe.data, frames=frames, captions=captions)
+    for name, chosen in recipe.data.validation.items():
+        check_relevance(chosen.relevance, recipe.task, name)
+    prepared = Prepared(
+        recipe=recipe,
+        world=world,
+        model=_build_towers(recipe),
+        train_sets=train_sets,
+        validation_sets=dict(zip(recipe.data.validation, validation_sets, strict=True)),
+    )
+    prepared.plan(epoch=0)
+    return prepared
+
+
+def _check_writable(run_dir: Path) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=run_dir):
+            pass
+    except OSError as error:
+        raise UserError(f"run_dir={run_dir} cannot be written to ({error.strerror}): give another") from None
+
+
+def _build_towers(recipe: Recipe) -> DualEncoder:
+    """The model, with the towers that the recipe takes from other runs."""
+    torch.manual_seed(recipe.training.seed)
+    model = build_model(recipe.model, recipe.task, recipe.data.sample_rate_hz, recipe.training.autocast_dtype)
+    # Audio last: it may start as a copy of the image tower, of whose other run build_model knows nothing.
+    for modality in sorted(recipe.task.split("-"), reverse=True):
+        tower = getattr(recipe.model, modality)
+        if modality == "audio" and recipe.model.audio.init_from_image and recipe.model.image.init is not None:
+            assert model.image is not None
+            model.audio = AudioTower(recipe.model.audio, recipe.data.sample_rate_hz, model.image.visual)
+        if tower.init is not None:
+            checkpoint.load_tower(getattr(model, modality), modality, tower.init)
+        elif getattr(tower, "frozen", False) and tower.pretrained is None:
+            _log.warning(
+                "the frozen %s tower has random weights: give model.%s.pretrained or .init", modality, modality
+            )
+    return model

@@ -1,0 +1,139 @@
+"""The recipe: all configuration of one training run, typed and cross-checked before anything starts.
+
+Each part is a dataclass beside the code that it configures; this file composes them. A YAML file holds a
+recipe as small changes to these defaults, and ``key=value`` words change it further.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from audiotext_dist import configuration
+from audiotext_dist.data.sets import DataConfig
+from audiotext_dist.errors import UserError, require_positive
+from audiotext_dist.models.dual_encoder import ModelConfig, Task
+from audiotext_dist.training.checkpoint import RECIPE_FILE, CheckpointConfig, newest_whole
+from audiotext_dist.training.engine import EngineConfig
+from audiotext_dist.training.optim import OptimConfig
+from audiotext_dist.training.tracker import TrackerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Length, batch and precision of the run.
+
+    max_steps: stop after so many steps although epochs are left; the schedule still counts num_epochs.
+    resume: ``auto`` goes on from the newest complete checkpoint in run_dir, or starts where there is none.
+    """
+
+    num_epochs: int = 10
+    max_steps: int | None = None
+    global_batch_size: int = 64
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: int = 0
+    resume: Literal["auto", "never"] = "never"
+
+    def __post_init__(self) -> None:
+        require_positive(self, "training", "num_epochs", "max_steps", "global_batch_size")
+        if self.seed < 0:
+            raise UserError(f"training.seed={self.seed} must not be negative")
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """What the towers compute in, where it is not float32."""
+        return torch.bfloat16 if self.precision == "bf16" else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """When and how data.validation is evaluated."""
+
+    every_epochs: int = 1
+    batch_size: int = 64  # clips a rank embeds at once
+
+    def __post_init__(self) -> None:
+        require_positive(self, "evaluation", "every_epochs", "batch_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One training run: ``deepspeed launch/pretrain.py recipe=FILE.yaml key=value ...``."""
+
+    name: str = "???"
+    task: Task = "audio-text"
+    run_dir: str = "runs/${name}"
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+
+    def __post_init__(self) -> None:
+        if not self.data.train:
+            raise UserError("no training data: give data.train.NAME.shards=FOLDER")
+        if self.optim.name == "lars" and self.engine.zero_stage > 0:
+            raise UserError(
+                f"optim.name=lars cannot run with engine.zero_stage={self.engine.zero_stage}, whose flat tensors "
+                "hide each parameter's norm: set engine.zero_stage=0, or optim.name=adamw"
+            )
+        fbank = self.model.audio.fbank
+        heard_seconds = fbank.num_fbank_frames * fbank.frame_shift_ms / 1000
+        if "audio" in self.task and self.data.clip_seconds > heard_seconds + fbank.frame_length_ms / 1000:
+            raise UserError(
+                f"data.clip_seconds={self.data.clip_seconds:g} is more than the {heard_seconds:g} s that the audio "
+                "tower reads: lower it, or raise model.audio.fbank.num_fbank_frames"
+            )
+        if self.optim.warmup_epochs > self.training.num_epochs:
+            raise UserError(
+                f"optim.warmup_epochs={self.optim.warmup_epochs:g} is longer than training.num_epochs="
+                f"{self.training.num_epochs}: lower it"
+            )
+
+    def check_world(self, world_size: int) -> None:
+        """Raise ``UserError`` unless the batch can be shared by so many processes."""
+        batch = self.training.global_batch_size
+        if batch % world_size:
+            nearest = max(world_size, round(batch / world_size) * world_size)
+            raise UserError(
+                f"training.global_batch_size={batch} cannot be shared by {world_size} processes: set it to {nearest}"
+            )
+
+
+def read_recipe(words: Sequence[str]) -> Recipe:
+    """The recipe that the words of a command line name: ``recipe=FILE`` and ``key=value`` changes.
+
+    ``--local_rank=N``, which the DeepSpeed launcher inserts, is passed over.
+
+    Raises:
+        UserError: one line that names the key and the mend.
+    """
+    words = [word for word in words if not word.startswith("--local_rank")]
+    files = [word.removeprefix("recipe=") for word in words if word.startswith("recipe=")]
+    if len(files) > 1:
+        raise UserError(f"recipe= is given {len(files)} times: give one file")
+    changes = [word for word in words if not word.startswith("recipe=")]
+    return configuration.parse(Recipe, changes, yaml_file=files[0] if files else None)
+
+
+def read_run_recipe(run_dir: Path, changes: Sequence[str] = ()) -> Recipe:
+    """The resolved recipe that a run left in its folder, with ``key=value`` changes.
+
+    Raises:
+        UserError: the folder is no run, or a change is wrong.
+    """
+    # The checkpoint's own copy fits its weights whatever happened to the folder since.
+    newest = newest_whole(run_dir)
+    places = [folder / RECIPE_FILE for folder in (newest, run_dir) if folder is not None]
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
+        raise UserError(f"{run_dir} is no run folder, it has no {RECIPE_FILE}: check the path")
+    return configuration.parse(Recipe, changes, yaml_file=os.fspath(file))

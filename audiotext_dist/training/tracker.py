@@ -1,0 +1,151 @@
+"""Where a run's numbers go: JSON lines in the run folder, which are the truth, and W&B, which is the view.
+
+W&B goes online when there is a key and a network, offline otherwise; it never asks and never stops a run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import wandb
+
+from audiotext_dist import configuration, storage
+from audiotext_dist.errors import require_positive
+
+METRICS_FILE = "metrics.jsonl"
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackerConfig:
+    """Logging. wandb: ``auto`` is online when logged in, else offline; ``disabled`` writes JSON lines only."""
+
+    wandb: Literal["auto", "offline", "disabled"] = "auto"
+    project: str = "audiotext-dist"
+    entity: str | None = None
+    every_steps: int = 10
+
+    def __post_init__(self) -> None:
+        require_positive(self, "tracker", "every_steps")
+
+
+class Tracker:
+    """Writes metrics on the main rank; on the others it does nothing.
+
+    Args:
+        start_step: lines of a killed run's steps after this one are cut off.
+        wandb_id: the W&B run to go on with, or None for a new one.
+    """
+
+    def __init__(
+        self,
+        config: TrackerConfig,
+        run_dir: Path,
+        *,
+        name: str,
+        recipe: Any,
+        start_step: int,
+        wandb_id: str | None,
+        is_main: bool,
+    ) -> None:
+        self._wandb: Any = None
+        self._file: Any = None
+        if not is_main:
+            return
+        path = run_dir / METRICS_FILE
+        _cut_after(path, start_step)
+        self._file = path.open("a", encoding="utf-8")
+        # W&B's own variable is honoured where the recipe leaves it open.
+        mode = os.environ.get("WANDB_MODE", "online") if config.wandb == "auto" else config.wandb
+        if mode != "disabled":
+            self._wandb = _start_wandb(
+                config, run_dir, name=name, recipe=recipe, wandb_id=wandb_id, try_online=mode == "online"
+            )
+
+    @property
+    def wandb_id(self) -> str | None:
+        """The W&B run's id, None where W&B is off."""
+        return None if self._wandb is None else str(self._wandb.id)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write one line: ``{"trainer/step": step, name: value, ...}``."""
+        line = {"trainer/step": step, **metrics}
+        if self._file is not None:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        if self._wandb is not None:
+            self._wandb.log(line)
+
+    def close(self) -> None:
+        """Finish the files; names the command that uploads an offline run."""
+        if self._file is not None:
+            self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+            if self._wandb.settings.mode == "offline":
+                _log.info("W&B is offline; upload with: wandb sync %s", Path(self._wandb.dir).parent)
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, float]]:
+    """Every line of a run's metrics."""
+    with (run_dir / METRICS_FILE).open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def _cut_after(path: Path, step: int) -> None:
+    """Drop the lines of later steps, and a last line that a kill left unfinished."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["trainer/step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            break
+    storage.write_bytes(str(path), "".join(kept).encode())
+
+
+def _start_wandb(
+    config: TrackerConfig,
+    run_dir: Path,
+    *,
+    name: str,
+    recipe: Any,
+    wandb_id: str | None,
+    try_online: bool,
+) -> Any:
+    def start(mode: Literal["online", "offline"]) -> Any:
+        run = wandb.init(
+            project=config.project,
+            entity=config.entity,
+            name=name,
+            id=wandb_id,
+            resume="allow" if wandb_id else None,
+            dir=run_dir,
+            config=configuration.to_dict(recipe),
+            mode=mode,
+            settings=wandb.Settings(silent=True, init_timeout=20),
+        )
+        run.define_metric("*", step_metric="trainer/step")
+        return run
+
+    if try_online:
+        try:
+            # Raises with a key but no network; without a key it only says no.
+            if wandb.login(prompt=False):
+                return start("online")
+        except wandb.errors.Error as error:
+            _log.warning("W&B cannot go online (%s): logging offline", str(error).splitlines()[0])
+    try:
+        return start("offline")
+    except wandb.errors.Error as error:
+        _log.warning("W&B cannot log (%s): the run goes on with JSON lines alone", str(error).splitlines()[0])
+        return None

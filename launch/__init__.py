@@ -1,0 +1,1 @@
+"""Entry points: parse the words of the command line and call the library."""

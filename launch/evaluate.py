@@ -1,0 +1,79 @@
+"""Retrieval table of a trained run: ``python launch/evaluate.py run=runs/NAME [key=value ...]``."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+from audiotext_dist import configuration
+from audiotext_dist.data.sets import open_sets
+from audiotext_dist.distributed import World
+from audiotext_dist.errors import UserError, run_for_people
+from audiotext_dist.evaluation import report
+from audiotext_dist.evaluation.retrieval import check_relevance, evaluate_set
+from audiotext_dist.models.dual_encoder import build_model
+from audiotext_dist.training.checkpoint import load_model
+from audiotext_dist.training.engine import start_process_group, stop_process_group
+from audiotext_dist.training.recipe import Recipe, read_run_recipe
+
+HELP = """Evaluate a run's newest checkpoint, or any exported weights, on its validation sets or others.
+
+    python launch/evaluate.py run=runs/NAME
+    python launch/evaluate.py run=runs/NAME data.validation.clotho.shards=FOLDER out=results
+    python launch/evaluate.py run=runs/NAME weights=FILE.safetensors
+    deepspeed launch/evaluate.py run=runs/NAME            (clips shared over all processes)
+
+Prints the table and writes it as retrieval.json into out (default: the run folder). data.validation.NAME.relevance
+is `labels`, or a file that says which captions truly describe which clips. Other keys are the recipe's:
+"""
+
+
+def main() -> None:
+    """Build the run's model, load its weights, evaluate every validation set."""
+    words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
+    if not words or {"-h", "--help"} & set(words):
+        print(HELP + configuration.describe(Recipe))
+        return
+    own = dict(word.split("=", 1) for word in words if word.startswith(("run=", "weights=", "out=")))
+    if "run" not in own:
+        raise UserError("no run to evaluate: give run=FOLDER")
+    changes = [word for word in words if word.split("=", 1)[0] not in own]
+    recipe = read_run_recipe(Path(own["run"]), changes)
+    if not recipe.data.validation:
+        raise UserError("no set to evaluate: give data.validation.NAME.shards=FOLDER")
+    world = World.from_environment()
+    logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(message)s", force=True)
+    sets = open_sets(recipe.data.validation, recipe.data, frames="image" in recipe.task, captions="text" in recipe.task)
+    for name, chosen in recipe.data.validation.items():
+        check_relevance(chosen.relevance, recipe.task, name)
+    model = build_model(
+        recipe.model.without_weights(), recipe.task, recipe.data.sample_rate_hz, recipe.training.autocast_dtype
+    )
+    load_model(model, own.get("weights", own["run"]))
+    if world.size > 1:
+        start_process_group(world)
+    model = model.to(world.device)
+    results = [
+        evaluate_set(
+            model,
+            recipe.task,
+            shards,
+            recipe.data,
+            chosen,
+            set_name=name,
+            batch_size=recipe.evaluation.batch_size,
+            world=world,
+        )
+        for (name, chosen), shards in zip(recipe.data.validation.items(), sets, strict=True)
+    ]
+    stop_process_group()
+    if world.is_main:
+        out = Path(own.get("out", own["run"]))
+        out.mkdir(parents=True, exist_ok=True)
+        report.write_results(results, out)
+        print(report.table(results))
+
+
+if __name__ == "__main__":
+    run_for_people(main)

@@ -1,0 +1,47 @@
+"""Weights and recipe of a run, for use without DeepSpeed: ``python launch/export.py run=runs/NAME out=FOLDER``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from audiotext_dist import configuration, storage
+from audiotext_dist.errors import UserError, run_for_people
+from audiotext_dist.training.checkpoint import MODEL_FILE, RECIPE_FILE, make_readable, read_weights
+from audiotext_dist.training.recipe import read_run_recipe
+
+HELP = """Export a run's newest checkpoint.
+
+    python launch/export.py run=runs/NAME out=FOLDER
+
+Writes model.safetensors (every weight; the towers lie under audio., image. and text.) and recipe.yaml. The folder
+serves wherever a run folder does: model.audio.init=FOLDER, launch/evaluate.py run=FOLDER.
+"""
+
+
+def main() -> None:
+    """Copy the newest checkpoint's model and the resolved recipe."""
+    words = sys.argv[1:]
+    if not words or {"-h", "--help"} & set(words):
+        print(HELP)
+        return
+    own = dict(word.partition("=")[::2] for word in words)
+    if own.keys() != {"run", "out"}:
+        raise UserError("give exactly run=FOLDER and out=FOLDER")
+    if storage.is_remote(own["out"]):
+        raise UserError(f"out={storage.public_name(own['out'])} is remote: export into a local folder and copy it")
+    recipe = read_run_recipe(Path(own["run"]))
+    out = Path(own["out"])
+    out.mkdir(parents=True, exist_ok=True)
+    weights = read_weights(own["run"])
+    with storage.atomic_local_file(out / MODEL_FILE) as temporary:
+        save_file(weights, temporary)
+        make_readable(temporary)
+    storage.write_bytes(str(out / RECIPE_FILE), configuration.to_yaml(recipe).encode())
+    print(f"{sum(tensor.numel() for tensor in weights.values()):,} weights in {out / MODEL_FILE}")
+
+
+if __name__ == "__main__":
+    run_for_people(main)

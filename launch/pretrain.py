@@ -1,0 +1,51 @@
+"""Train any recipe: ``deepspeed launch/pretrain.py recipe=launch/recipes/....yaml key=value ...``."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+from audiotext_dist import configuration
+from audiotext_dist.distributed import World
+from audiotext_dist.errors import run_for_people
+from audiotext_dist.evaluation import report
+from audiotext_dist.training.engine import stop_process_group
+from audiotext_dist.training.loop import train
+from audiotext_dist.training.prepare import prepare
+from audiotext_dist.training.recipe import Recipe, read_recipe
+
+HELP = """Train a recipe on every process the launcher starts.
+
+    deepspeed launch/pretrain.py recipe=FILE.yaml [key=value ...]
+    deepspeed --num_accelerators 2 launch/pretrain.py recipe=launch/recipes/soundscape/audio_text.yaml
+
+A run leaves in its folder (run_dir): recipe.yaml, the resolved recipe; metrics.jsonl; checkpoints/;
+retrieval.json, the last evaluation; loss.png. Go on after a stop with training.resume=auto.
+
+Keys and their defaults:
+"""
+
+
+def main() -> None:
+    """Read the recipe, check it, train it, print the table."""
+    words = sys.argv[1:]
+    if not words or {"-h", "--help"} & set(words):
+        print(HELP + configuration.describe(Recipe))
+        return
+    world = World.from_environment()
+    logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(message)s", force=True)
+    logging.getLogger("audiotext_dist").setLevel(logging.INFO if world.is_main else logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    prepared = prepare(read_recipe(words), world)
+    results = train(prepared)
+    stop_process_group()
+    if world.is_main:
+        if results:
+            print(f"\n{report.table(results)}")
+        print(f"\nrun folder: {Path(prepared.recipe.run_dir).resolve()}")
+
+
+if __name__ == "__main__":
+    run_for_people(main)

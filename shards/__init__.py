@@ -1,0 +1,1 @@
+"""Shard-building jobs: sources -> records -> media -> WebDataset tar shards with indexes."""

@@ -1,0 +1,132 @@
+"""The account of a build: every input row, as written or as failed with its reason."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import pyarrow
+import pyarrow.parquet
+
+from audiotext_dist.data.sample import Sample, safe_key
+from audiotext_dist.errors import UserError
+from shards.reasons import MENDS, Reason
+
+REPORT_NAME = "report.parquet"
+
+_SCHEMA = pyarrow.schema(
+    {
+        "row": pyarrow.int64(),
+        "name": pyarrow.string(),
+        "key": pyarrow.string(),
+        "status": pyarrow.string(),
+        "shard": pyarrow.string(),
+        "reason": pyarrow.string(),
+        "seconds": pyarrow.float64(),
+        "bytes": pyarrow.int64(),
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowReport:
+    """What became of one input row.
+
+    shard: the tar that holds it; None where it failed. reason: None where it was written. seconds, bytes:
+    of the clip and of its members; 0 where it failed.
+    """
+
+    row: int
+    name: str
+    key: str
+    status: Literal["written", "failed"]
+    shard: str | None = None
+    reason: Reason | None = None
+    seconds: float = 0.0
+    bytes: int = 0
+
+
+def row_report(row: int, name: str, outcome: Sample | Reason, shard: str) -> RowReport:
+    """Report a row by its sample, or by the reason why there is none."""
+    if not isinstance(outcome, Sample):
+        return RowReport(row=row, name=name, key=safe_key(name), status="failed", reason=outcome)
+    return RowReport(
+        row=row,
+        name=name,
+        key=outcome.key,
+        status="written",
+        shard=shard,
+        seconds=outcome.metadata.duration,
+        bytes=sum(map(len, outcome.members().values())),
+    )
+
+
+def to_parquet(rows: Sequence[RowReport]) -> bytes:
+    """The rows as a Parquet file, a column a field."""
+    columns = {name: [getattr(row, name) for row in rows] for name in _SCHEMA.names}
+    table = pyarrow.table(columns, schema=_SCHEMA)
+    content = io.BytesIO()
+    pyarrow.parquet.write_table(table, content)
+    return content.getvalue()
+
+
+def from_parquet(content: bytes) -> list[RowReport]:
+    """Read back what ``to_parquet`` wrote."""
+    return [RowReport(**row) for row in pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()]
+
+
+def summary(rows: Sequence[RowReport]) -> str:
+    """Some lines for a person: clips, hours, shards, bytes, and the failures by reason."""
+    written = [row for row in rows if row.status == "written"]
+    lines = [
+        f"{len(written)} of {len(rows)} clips written in {len({row.shard for row in written})} shards: "
+        f"{sum(row.seconds for row in written) / 3600:.2f} hours, "
+        f"{sum(row.bytes for row in written) / 1e9:.3f} GB"
+    ]
+    lines += [f"{count} failed: {reason}" for reason, count in _failures(rows).most_common()]
+    if num_excluded := _num_excluded(rows):
+        lines.append(f"{num_excluded} excluded")
+    return "\n".join(lines)
+
+
+def shard_line(shard: str, rows: Sequence[RowReport]) -> dict[str, str | int | float]:
+    """One finished shard for machines: seconds of sound and bytes of members among its written rows."""
+    return {
+        "shard": shard,
+        "clips": sum(row.status == "written" for row in rows),
+        "failed": sum(row.status == "failed" for row in rows),
+        "bytes": sum(row.bytes for row in rows),
+        "seconds": round(sum(row.seconds for row in rows), 3),
+    }
+
+
+def check_failed_share(rows: Sequence[RowReport], max_failed_share: float) -> None:
+    """Refuse a set of which too much is absent; what was excluded is not.
+
+    Raises:
+        UserError: every row is excluded, or more than this share of the others failed.
+    """
+    failures = _failures(rows)
+    num_wanted = len(rows) - _num_excluded(rows)
+    if num_wanted == 0:
+        raise UserError(f"all of {len(rows)} clips are excluded: check exclude=")
+    share = failures.total() / num_wanted
+    if share > max_failed_share:
+        reason, count = failures.most_common(1)[0]
+        raise UserError(
+            f"{share:.1%} of {num_wanted} clips failed (max_failed_share={max_failed_share:g}), {count} of them as "
+            f"'{reason}': {MENDS[reason]} and build again with retry_failed=true, "
+            "or raise max_failed_share to accept the set"
+        )
+
+
+def _failures(rows: Sequence[RowReport]) -> Counter[Reason]:
+    """How often each reason, but not of rows that were left out on purpose."""
+    return Counter(row.reason for row in rows if row.reason not in (None, "excluded"))
+
+
+def _num_excluded(rows: Sequence[RowReport]) -> int:
+    return sum(row.reason == "excluded" for row in rows)

@@ -1,0 +1,248 @@
+"""Batches from real shards: contents, randomness that belongs to clips, broken data."""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from audiotext_dist.data.index import index_path, load_shards
+from audiotext_dist.data.loader import EvaluationBatches, TrainingBatches, iterate
+from audiotext_dist.data.sample import AUDIO_MEMBER, frame_member
+from audiotext_dist.data.sets import DataConfig, SetConfig, make_plan, open_sets
+from audiotext_dist.distributed import World
+from audiotext_dist.errors import UserError
+from tests.clips import FRAME_PIXELS, SAMPLE_RATE_HZ, make_sample, write_shards
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    return write_shards(folder, [[make_sample(8 * shard + row) for row in range(8)] for shard in range(4)])
+
+
+def config(shards: str, **changes) -> DataConfig:
+    settings = {"sample_rate_hz": SAMPLE_RATE_HZ, "clip_seconds": 0.5, "num_workers": 0, "num_lanes": 4}
+    return DataConfig(train={"own": SetConfig(shards=shards)}, **{**settings, **changes})
+
+
+def training_batches(data: DataConfig, world: World, batch_size: int = 8) -> TrainingBatches:
+    sets = open_sets(data.train, data, frames=True, captions=True)
+    plan_of = partial(_plan, sets, data, batch_size, world.size)
+    decode = data.decode_config(frames="random", frame_pixels=FRAME_PIXELS, random=True)
+    return TrainingBatches(sets, plan_of, decode, seed=1, world=world, tokenize=None)
+
+
+def _plan(sets, data, batch_size, world_size, epoch):
+    return make_plan(sets, data, seed=1, epoch=epoch, global_batch_size=batch_size, world_size=world_size)
+
+
+def epoch_of(batches, epoch=0, num_batches=4, num_workers=0):
+    return list(iterate(batches, range(4 * epoch, 4 * epoch + num_batches), num_workers=num_workers, device=CPU))
+
+
+def damage(folder: Path, shard: int, row: int, member: str, content: bytes | None = None) -> None:
+    """Overwrite a member's bytes in place: same size, other content."""
+    path = folder / f"{shard:05d}.tar"
+    span = load_shards(str(folder))[shard].index.span(row, member)
+    assert span is not None
+    offset, num_bytes = span
+    path.chmod(0o644)
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write((content or b"\xff" * num_bytes)[:num_bytes])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_ranks_and_workers_see_the_same_clips_crops_frames_and_captions(shards, num_workers):
+    alone = epoch_of(training_batches(config(shards), World()))
+    ranks = [
+        epoch_of(training_batches(config(shards), World(rank=rank, size=2)), num_workers=num_workers)
+        for rank in range(2)
+    ]
+    for whole, *parts in zip(alone, *ranks, strict=True):
+        assert whole.keys == [key for part in parts for key in part.keys]
+        assert whole.captions == [caption for part in parts for caption in part.captions]
+        for name in ("waveform_BS", "frames_BLHWC", "mask_uniforms_B4", "num_valid_samples_B"):
+            torch.testing.assert_close(getattr(whole, name), torch.cat([getattr(part, name) for part in parts]))
+
+
+def test_random_choices_change_from_epoch_to_epoch(shards):
+    batches = training_batches(config(shards), World())
+    by_key = [
+        {
+            key: (caption, float(mask[0]), wave[:8].tolist(), int(frame[0, 0, 0, 0]))
+            for batch in epoch_of(batches, epoch)
+            for key, caption, mask, wave, frame in zip(
+                batch.keys, batch.captions, batch.mask_uniforms_B4, batch.waveform_BS, batch.frames_BLHWC, strict=True
+            )
+        }
+        for epoch in range(2)
+    ]
+    assert by_key[0].keys() == by_key[1].keys()
+    for part in range(4):
+        assert any(by_key[0][key][part] != by_key[1][key][part] for key in by_key[0])
+
+
+def test_a_clip_keeps_its_sound_caption_and_frames(shards):
+    for batch in epoch_of(training_batches(config(shards, clip_seconds=1.5), World())):
+        for place, key in enumerate(batch.keys):
+            number = int(key.removeprefix("clip-"))
+            assert batch.captions[place] in (f"sound {number}", f"tone number {number}")
+            assert batch.num_valid_samples_B[place] == SAMPLE_RATE_HZ
+            spectrum = np.abs(np.fft.rfft(batch.waveform_BS[place, :SAMPLE_RATE_HZ].double().numpy()))
+            assert spectrum.argmax() == 200 + 37 * number
+            assert not batch.waveform_BS[place, SAMPLE_RATE_HZ:].any()
+            assert abs(int(batch.frames_BLHWC[place, 0, 8, 8, 0]) - number) % 40 in (0, 1, 39)
+
+
+def test_evaluation_takes_the_start_the_middle_frame_and_every_clip(shards):
+    data = config(shards)
+    decode = data.decode_config(frames="middle", frame_pixels=FRAME_PIXELS, random=False)
+    found = [
+        batch
+        for rank in range(3)
+        for batch in _all(EvaluationBatches(load_shards(shards), decode, world=World(rank=rank, size=3), batch_size=4))
+    ]
+    assert sorted(key for batch in found for key in batch.keys) == [f"clip-{number:04d}" for number in range(32)]
+    for batch in found:
+        assert (batch.waveform_BS[:, 0] == 0).all()
+        for place, key in enumerate(batch.keys):
+            assert abs(int(batch.frames_BLHWC[place, 0, 8, 8, 0]) - 80 - int(key.removeprefix("clip-"))) <= 1
+
+
+def _all(batches):
+    return iterate(batches, range(len(batches)), num_workers=0, device=CPU)
+
+
+@pytest.mark.parametrize(("member", "reason"), [(AUDIO_MEMBER, "audio"), (frame_member(0), "jpg"), ("json", "json")])
+def test_a_broken_member_is_replaced_and_reported_alike_on_any_number_of_ranks(tmp_path, member, reason):
+    folder = Path(write_shards(tmp_path, [[make_sample(8 * s + r, num_frames=1) for r in range(8)] for s in range(4)]))
+    damage(folder, shard=1, row=3, member=member)
+    data = config(str(folder), num_frames=1)
+    alone = epoch_of(training_batches(data, World()))
+    bad = [sample for batch in alone for sample in batch.bad_samples]
+    assert [(Path(sample.shard).name, sample.key) for sample in bad] == [("00001.tar", "clip-0011")]
+    assert reason in bad[0].reason
+    assert all(len(batch.keys) == 8 and "clip-0011" not in batch.keys for batch in alone)
+    ranks = [epoch_of(training_batches(data, World(rank=rank, size=2))) for rank in range(2)]
+    for whole, *parts in zip(alone, *ranks, strict=True):
+        assert whole.keys == [key for part in parts for key in part.keys]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_set_in_which_nothing_decodes_ends_in_one_line(tmp_path, num_workers):
+    folder = Path(write_shards(tmp_path, [[make_sample(row, num_frames=1) for row in range(8)]]))
+    for row in range(8):
+        damage(folder, shard=0, row=row, member=AUDIO_MEMBER)
+    with pytest.raises(UserError, match="samples in a row cannot be used") as caught:
+        epoch_of(training_batches(config(str(folder), num_frames=1), World()), num_workers=num_workers, num_batches=1)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_task_without_sound_decodes_none(tmp_path):
+    folder = Path(write_shards(tmp_path, [[make_sample(row) for row in range(4)]]))
+    damage(folder, shard=0, row=2, member=AUDIO_MEMBER)
+    decode = config(str(folder)).decode_config(audio=False, frames="all", frame_pixels=FRAME_PIXELS, random=False)
+    (batch,) = _all(EvaluationBatches(load_shards(str(folder)), decode, world=World(), batch_size=4))
+    assert batch.waveform_BS.shape == (4, 0)
+    assert batch.frames_BLHWC.shape == (4, 4, FRAME_PIXELS, FRAME_PIXELS, 3)
+
+
+def test_evaluation_names_a_clip_that_does_not_decode(tmp_path):
+    folder = Path(write_shards(tmp_path, [[make_sample(row) for row in range(4)]]))
+    damage(folder, shard=0, row=2, member=AUDIO_MEMBER)
+    decode = config(str(folder)).decode_config(frames="none", frame_pixels=0, random=False)
+    with pytest.raises(UserError, match="clip-0002"):
+        list(_all(EvaluationBatches(load_shards(str(folder)), decode, world=World(), batch_size=4)))
+
+
+def test_a_shard_of_another_size_than_its_index_is_refused(tmp_path):
+    folder = Path(write_shards(tmp_path, [[make_sample(row) for row in range(8)]]))
+    path = folder / "00000.tar"
+    path.chmod(0o644)
+    with path.open("ab") as file:
+        file.write(b"\0" * 512)
+    with pytest.raises(UserError, match="where its index says"):
+        epoch_of(training_batches(config(str(folder)), World()), num_batches=1)
+
+
+def test_a_tar_without_an_index_is_scanned(tmp_path, shards):
+    folder = Path(write_shards(tmp_path, [[make_sample(row) for row in range(8)]]))
+    Path(index_path(str(folder / "00000.tar"))).unlink()
+    scanned, written = load_shards(str(folder))[0].index, load_shards(shards)[0].index
+    assert (scanned.keys, scanned.recordings) == (written.keys, written.recordings)
+    assert scanned.sha256 == written.sha256
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sample_rate_hz": 16000}, "built at 8000 Hz"),
+        ({"num_frames": 6}, r"no 4.jpg, 5.jpg"),
+    ],
+)
+def test_sets_that_do_not_fit_the_recipe_are_named(shards, changes, message):
+    data = dataclasses.replace(config(shards), **changes)
+    with pytest.raises(UserError, match=f"data set 'own'.*{message}"):
+        open_sets(data.train, data, frames=True, captions=True)
+
+
+def test_a_clip_without_a_caption_is_no_pair(tmp_path):
+    mute = [make_sample(row, captions=[] if row % 8 == 5 else None) for row in range(32)]
+    data = config(write_shards(tmp_path, [mute[:16], mute[16:]]), num_frames=4)
+    batches = training_batches(data, World())
+    batches._tokenize = lambda captions: torch.zeros(len(captions), 1)
+    found = epoch_of(batches)
+    assert {sample.reason for batch in found for sample in batch.bad_samples} == {"no caption"}
+    assert all(caption for batch in found for caption in batch.captions)
+
+
+def test_the_copies_of_a_weighted_clip_are_drawn_anew(tmp_path):
+    data = config(write_shards(tmp_path, [[make_sample(row) for row in range(8)]]))
+    data = dataclasses.replace(data, train={"own": dataclasses.replace(data.train["own"], weight=2.0)})
+    masks = {}
+    for batch in epoch_of(training_batches(data, World()), num_batches=2):
+        for key, mask in zip(batch.keys, batch.mask_uniforms_B4.tolist(), strict=True):
+            masks.setdefault(key, []).append(tuple(mask))
+    assert all(len(found) == 2 and found[0] != found[1] for found in masks.values())
+
+
+def test_an_unfinished_shard_of_a_build_is_refused(tmp_path):
+    folder = Path(write_shards(tmp_path, [[make_sample(row)] for row in range(2)]))
+    (folder / "00001.index.json").unlink()
+    assert len(load_shards(str(folder))) == 2
+    (folder / "build.json").write_text("{}")
+    with pytest.raises(UserError, match=r"00001\.tar is not finished"):
+        load_shards(str(folder))
+
+
+def test_the_index_of_another_shard_is_refused(tmp_path):
+    folder = Path(write_shards(tmp_path, [[make_sample(row)] for row in range(2)]))
+    (folder / "00001.index.json").write_bytes((folder / "00000.index.json").read_bytes())
+    with pytest.raises(UserError, match=r"is that of 00000\.tar"):
+        load_shards(str(folder))
+
+
+def test_a_reader_closes_its_files(shards):
+    def open_files():
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    before = open_files()
+    for _ in range(3):
+        epoch_of(training_batches(config(shards), World()))
+    assert open_files() <= before + 1
+
+
+def test_a_set_without_captions_or_without_files_is_named(tmp_path):
+    write_shards(tmp_path / "mute", [[make_sample(0, captions=[])]])
+    data = config(str(tmp_path / "mute"))
+    with pytest.raises(UserError, match="data set 'own' has no captions"):
+        open_sets(data.train, data, frames=True, captions=True)
+    data = config(str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"data set 'own': no \*.tar files at .*nowhere"):
+        open_sets(data.train, data, frames=True, captions=True)

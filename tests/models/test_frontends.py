@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from open_clip.transform import image_transform
+from PIL import Image
+from torch import Tensor
+from torchaudio.compliance import kaldi
+
+from audiotext_dist.errors import UserError
+from audiotext_dist.models.frontends import Fbank, FbankConfig, ImageTransform, span_mask
+
+ESC_FOLDER = Path(__file__).parents[3] / "shared" / "data" / "esc" / "audio"
+# Float32 noise of log energies, which reach -16: 1e-5 of that.
+ATOL = 1.6e-4
+UNIFORM = st.floats(0, 1, exclude_max=True, width=32)
+BARE = FbankConfig(mean=0.0, std=1.0)
+SHORT = FbankConfig(num_fbank_frames=60, time_mask_frames=20, freq_mask_bins=32)
+
+
+def kaldi_fbank(waveform_S: Tensor, sample_rate_hz: int) -> Tensor:
+    return kaldi.fbank(
+        waveform_S[None],
+        htk_compat=True,
+        use_energy=False,
+        window_type="hanning",
+        num_mel_bins=128,
+        dither=0.0,
+        frame_shift=10,
+        sample_frequency=sample_rate_hz,
+    )
+
+
+def random_clips(num_clips: int, num_samples: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-20_000, 20_000, (num_clips, num_samples), generator=generator, dtype=torch.int16)
+
+
+@pytest.mark.parametrize("sample_rate_hz", [8000, 16000, 22050, 32000, 44100, 48000])
+def test_fbank_equals_kaldi_at_any_sample_rate(sample_rate_hz: int) -> None:
+    clips_NS = random_clips(num_clips=10, num_samples=sample_rate_hz)
+    num_valid_N = torch.full((10,), sample_rate_hz)
+    fbank_N1TF = Fbank(BARE, sample_rate_hz)(clips_NS, num_valid_N)
+    for clip_S, fbank_1TF in zip(clips_NS, fbank_N1TF, strict=True):
+        expected_TF = kaldi_fbank(clip_S / 32768, sample_rate_hz)
+        torch.testing.assert_close(fbank_1TF[0, : len(expected_TF)], expected_TF, atol=ATOL, rtol=0)
+
+
+def test_fbank_equals_kaldi_on_recordings() -> None:
+    soundfile = pytest.importorskip("soundfile")
+    recordings = sorted(ESC_FOLDER.glob("*.ogg"))[:8]
+    if not recordings:
+        pytest.skip(f"no recordings at {ESC_FOLDER}")
+    for recording in recordings:
+        samples, sample_rate_hz = soundfile.read(recording, dtype="int16")
+        clip_S = torch.from_numpy(samples)
+        fbank_TF = Fbank(BARE, sample_rate_hz)(clip_S[None], torch.tensor([len(clip_S)]))[0, 0]
+        expected_TF = kaldi_fbank(clip_S / 32768, sample_rate_hz)
+        torch.testing.assert_close(fbank_TF[: len(expected_TF)], expected_TF, atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("num_frames", [50, 98, 99, 150])
+def test_fbank_is_cut_or_padded_after_normalisation(num_frames: int) -> None:
+    config = FbankConfig(num_fbank_frames=num_frames, time_mask_frames=0)
+    clips_NS = random_clips(num_clips=1, num_samples=16000)
+    fbank_TF = Fbank(config, 16000)(clips_NS, torch.tensor([16000]))[0, 0]
+    expected_TF = (kaldi_fbank(clips_NS[0] / 32768, 16000) - config.mean) / config.std
+    assert fbank_TF.shape == (num_frames, 128)
+    torch.testing.assert_close(fbank_TF[:98], expected_TF[:num_frames], atol=ATOL, rtol=0)
+    assert not fbank_TF[98:].any()
+
+
+@settings(deadline=None, max_examples=30)
+@example(num_valid=400 + 7 * 160, padding=100, seed=0)
+@example(num_valid=399, padding=1, seed=0)
+@given(num_valid=st.integers(0, 12_000), padding=st.integers(0, 3000), seed=st.integers(0, 99))
+def test_fbank_does_not_depend_on_what_follows_the_clip(num_valid: int, padding: int, seed: int) -> None:
+    fbank = Fbank(SHORT, 16000)
+    padded_NS = random_clips(num_clips=1, num_samples=num_valid + padding, seed=seed)
+    num_valid_N = torch.tensor([num_valid])
+    alone = fbank(padded_NS[:, :num_valid], num_valid_N)
+    torch.testing.assert_close(fbank(padded_NS, num_valid_N), alone, atol=ATOL, rtol=0)
+    num_frames = min(60, max(0, (num_valid - 400) // 160 + 1))
+    assert alone.any(dim=-1).sum() == num_frames
+    assert not alone[:, :, num_frames:].any()
+
+
+@settings(deadline=None, max_examples=10)
+@given(offset=st.floats(-0.5, 0.5), seed=st.integers(0, 99))
+def test_a_constant_offset_of_the_waveform_does_not_matter(offset: float, seed: int) -> None:
+    fbank = Fbank(SHORT, 16000)
+    waveform_NS = random_clips(num_clips=1, num_samples=8000, seed=seed) / 32768
+    num_valid_N = torch.tensor([8000])
+    shifted = fbank(waveform_NS + offset, num_valid_N)
+    # Rounding of the shifted waveform shows in the quietest bins.
+    torch.testing.assert_close(shifted, fbank(waveform_NS, num_valid_N), atol=0.05, rtol=0)
+
+
+def test_fbank_of_int16_and_of_float_are_the_same() -> None:
+    clips_NS = random_clips(num_clips=2, num_samples=8000)
+    num_valid_N = torch.tensor([8000, 5000])
+    fbank = Fbank(SHORT, 16000)
+    torch.testing.assert_close(fbank(clips_NS, num_valid_N), fbank(clips_NS / 32768, num_valid_N))
+
+
+def test_fbank_stays_float32_under_autocast() -> None:
+    clips_NS = random_clips(num_clips=1, num_samples=8000)
+    fbank = Fbank(SHORT, 16000)
+    expected = fbank(clips_NS, torch.tensor([8000]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = fbank(clips_NS, torch.tensor([8000]))
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
+@given(width_uniform=UNIFORM, start_uniform=UNIFORM, size=st.integers(1, 1500), data=st.data())
+def test_a_mask_is_one_bounded_span(width_uniform: float, start_uniform: float, size: int, data: st.DataObject) -> None:
+    max_width = data.draw(st.integers(0, size))
+    mask_S = span_mask(torch.tensor([width_uniform]), torch.tensor([start_uniform]), max_width, size)[0]
+    assert mask_S.shape == (size,)
+    masked = mask_S.nonzero().flatten().tolist()
+    assert len(masked) == min(int(np.float32(width_uniform) * np.float32(max_width + 1)), max_width)
+    assert masked == list(range(masked[0], masked[0] + len(masked))) if masked else True
+
+
+def test_a_mask_reaches_both_ends_and_every_width() -> None:
+    almost_one = torch.tensor(1.0).nextafter(torch.tensor(0.0))
+    uniforms_N = torch.tensor([0.0, 0.3, almost_one])
+    mask_NS = span_mask(uniforms_N, torch.tensor([0.5, 0.0, almost_one]), max_width=4, size=10)
+    assert mask_NS.sum(dim=1).tolist() == [0, 1, 4]
+    assert mask_NS[1].nonzero().flatten().tolist() == [0]
+    assert mask_NS[2].nonzero().flatten().tolist() == [6, 7, 8, 9]
+
+
+def test_specaugment_blanks_spans_of_its_clip_and_nothing_else() -> None:
+    fbank = Fbank(SHORT, 16000)
+    clips_NS = random_clips(num_clips=2, num_samples=12_000)
+    num_valid_N = torch.tensor([12_000, 12_000])
+    uniforms_N4 = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.5, 0.25, 0.75, 0.5]])
+    plain = fbank(clips_NS, num_valid_N)
+    masked = fbank(clips_NS, num_valid_N, uniforms_N4)
+    assert torch.equal(masked[0], plain[0])
+    # floor(0.5 * 33) = 16 bins from floor(0.25 * 113) = 28; floor(0.75 * 21) = 15 frames from floor(0.5 * 46) = 23
+    blank_TF = torch.zeros(60, 128, dtype=torch.bool)
+    blank_TF[:, 28:44] = True
+    blank_TF[23:38] = True
+    assert torch.equal(masked[1, 0], plain[1, 0].masked_fill(blank_TF, 0.0))
+    alone = fbank(clips_NS[1:], num_valid_N[1:], uniforms_N4[1:])
+    torch.testing.assert_close(alone[0], masked[1], atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("freq_mask_bins", 129), ("time_mask_frames", 1001), ("std", 0.0), ("num_mel_bins", 0)]
+)
+def test_an_impossible_fbank_is_refused_by_its_key(name: str, value: float) -> None:
+    with pytest.raises(UserError, match=rf"fbank\.{name}"):
+        FbankConfig(**{name: value})
+
+
+def test_fbank_frames_below_a_sample_are_refused() -> None:
+    with pytest.raises(UserError, match=r"fbank\.frame_shift_ms=0\.01 .* 16000 Hz"):
+        Fbank(FbankConfig(frame_shift_ms=0.01), 16000)
+
+
+@pytest.mark.parametrize("shape_hw", [(360, 480), (480, 360), (224, 224), (100, 180)])
+def test_image_transform_equals_open_clips(shape_hw: tuple[int, int]) -> None:
+    # A picture with smooth parts and hard edges.
+    random = np.random.default_rng(0)
+    height, width = shape_hw
+    coarse = Image.fromarray(random.integers(0, 256, (9, 12, 3), np.uint8))
+    picture = np.array(coarse.resize((width, height), Image.Resampling.BICUBIC))
+    picture[height // 4 : height // 2, width // 3 : width // 2] = (255, 0, 128)
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    found = ImageTransform(224, mean, std)(torch.from_numpy(picture)[None])[0]
+    expected = image_transform(224, is_train=False, mean=mean, std=std)(Image.fromarray(picture))
+    levels = (found - expected).abs() * 255 * torch.tensor(std)[:, None, None]
+    assert found.dtype == torch.float32
+    assert levels.max() < 2.01
+    assert levels.mean() < 0.02

@@ -1,0 +1,111 @@
+"""Every wrong word on a command line is one line that names the key and the mend."""
+
+from pathlib import Path
+
+import pytest
+
+from audiotext_dist import configuration
+from audiotext_dist.errors import UserError
+from audiotext_dist.training.recipe import Recipe, read_recipe
+
+RECIPES = sorted((Path(__file__).parents[1] / "launch" / "recipes").rglob("*.yaml"))
+ENOUGH = ["name=test", "data.train.own.shards=shards"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([*ENOUGH, "optim.wieght_lr=1"], r"unknown key 'optim.wieght_lr'.*did you mean 'optim.weight_lr'\?"),
+        ([*ENOUGH, "data.train.own.wieght=2"], r"did you mean 'data.train.own.weight'\?"),
+        ([*ENOUGH, "trainig.num_epochs=2"], r"unknown key 'trainig'.*did you mean 'training'\?"),
+        ([*ENOUGH, "training.num_epochs=many"], r"wrong value for 'training.num_epochs'.*'many'"),
+        ([*ENOUGH, "task=audio-video"], r"wrong value for 'task'.*audio-image"),
+        ([*ENOUGH, "training.num_epochs=0"], r"training.num_epochs=0 must be above 0"),
+        ([*ENOUGH, "evaluation.every_epochs=0"], r"evaluation.every_epochs=0 must be above 0"),
+        ([*ENOUGH, "data.num_lanes=-1"], r"data.num_lanes=-1 must be above 0"),
+        ([*ENOUGH, "data.clip_seconds=.nan"], r"data.clip_seconds=nan must be above 0"),
+        ([*ENOUGH, "data.clip_seconds=30"], r"30 is more than the 10 s that the audio tower reads"),
+        ([*ENOUGH, "optim.betas=[2,3]"], r"must lie in \[0, 1\)"),
+        ([*ENOUGH, "optim.warmup_epochs=11"], r"longer than training.num_epochs"),
+        ([*ENOUGH, "training.seed=-1"], r"training.seed=-1 must not be negative"),
+        ([*ENOUGH, "model.max_logit_scale=0"], r"model.max_logit_scale=0.0 must be above 0"),
+        ([*ENOUGH, "data.train.own.shards=s3://key:secret@bucket/a"], r"^[^:]*s3://bucket/a is given with credentials"),
+        ([*ENOUGH, "training.precision=fp8"], r"wrong value for 'training.precision'.*bf16"),
+        ([*ENOUGH, "engine.zero_stage=3"], r"engine.zero_stage=3 is not supported: choose 0 or 1"),
+        ([*ENOUGH, "optim.name=lars", "engine.zero_stage=1"], r"optim.name=lars cannot run with engine.zero_stage=1"),
+        ([*ENOUGH, "data.train.own.weight=0"], r"data set 'own' has weight 0"),
+        ([*ENOUGH, "--epochs"], r"cannot read '--epochs': options are written key=value"),
+        ([*ENOUGH, "data.train=[1,"], r"cannot read the value of 'data.train=\[1,'"),
+        ([*ENOUGH, "model.audio=3"], r"wrong value: .*AudioTowerConfig"),
+        (["name=test"], r"no training data: give data.train.NAME.shards=FOLDER"),
+        (["name=test", "data.train.own.weight=1"], r"'data.train.own.shards' has no value"),
+        (["data.train.own.shards=shards"], r"'name' has no value: give name="),
+        (["recipe=nowhere.yaml"], r"no recipe file at nowhere.yaml"),
+        (["recipe=a.yaml", "recipe=b.yaml"], r"recipe= is given 2 times"),
+    ],
+)
+def test_wrong_words(words, message):
+    with pytest.raises(UserError, match=message) as caught:
+        read_recipe(words)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("name: [a\n", r"is not YAML"),
+        ("- name\n", r"holds no 'key: value' mapping"),
+        ("name: test\nmodle: {}\n", r"unknown key 'modle' in .*: did you mean 'model'\?"),
+        ("\xff\xfe".encode("latin-1"), r"is not YAML"),
+    ],
+)
+def test_wrong_files(tmp_path, content, message):
+    file = tmp_path / "recipe.yaml"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=message) as caught:
+        read_recipe([f"recipe={file}"])
+    assert "\n" not in str(caught.value)
+
+
+def test_words_win_over_the_file_and_the_launchers_word_is_passed_over(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("name: filed\ntraining: {num_epochs: 7, seed: 3}\ndata: {train: {own: {shards: here}}}\n")
+    recipe = read_recipe(["--local_rank=1", f"recipe={file}", "training.num_epochs=2", "optim.betas=[0.5,0.6]"])
+    assert (recipe.name, recipe.training.num_epochs, recipe.training.seed) == ("filed", 2, 3)
+    assert recipe.run_dir == "runs/filed"
+    assert recipe.optim.betas == (0.5, 0.6)
+
+
+def test_a_whole_mapping_replaces_the_files_and_a_deeper_key_joins_it(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("name: filed\ndata: {train: {own: {shards: here}}}\n")
+    replaced = read_recipe([f"recipe={file}", "data.train={mine: {shards: there}}", "data.train.mine.weight=2"])
+    joined = read_recipe([f"recipe={file}", "data.train.mine.shards=there"])
+    assert {name: (chosen.shards, chosen.weight) for name, chosen in replaced.data.train.items()} == {
+        "mine": ("there", 2.0)
+    }
+    assert set(joined.data.train) == {"own", "mine"}
+
+
+def test_a_resolved_recipe_reads_back_as_itself(tmp_path):
+    recipe = read_recipe([*ENOUGH, "data.train.more.shards=b", "data.train.more.weight=2.5", "training.resume=auto"])
+    file = tmp_path / "resolved.yaml"
+    file.write_text(configuration.to_yaml(recipe))
+    assert read_recipe([f"recipe={file}"]) == recipe
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_every_recipe_in_the_repository_is_valid(file):
+    assert read_recipe([f"recipe={file}", "data.train.any.shards=shards"]).name
+
+
+def test_help_names_every_key():
+    text = configuration.describe(Recipe)
+    for key in ("optim.weight_lr=0.001", "data.train.NAME.weight=1.0", "model.audio.fbank.mean=", "name=(required)"):
+        assert key in text
+
+
+def test_a_batch_that_the_processes_cannot_share_names_one_that_they_can():
+    recipe = read_recipe([*ENOUGH, "training.global_batch_size=64"])
+    with pytest.raises(UserError, match="64 cannot be shared by 3 processes: set it to 63"):
+        recipe.check_world(3)

@@ -1,0 +1,267 @@
+"""The main job through the real DeepSpeed launcher: ranks, resume, ZeRO, towers, and what goes wrong."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from audiotext_dist.data.index import load_shards
+from audiotext_dist.training.checkpoint import read_weights
+from audiotext_dist.training.tracker import read_metrics
+from tests.clips import SAMPLE_RATE_HZ, make_sample, write_shards
+
+REPOSITORY = Path(__file__).parents[1]
+NUM_STEPS = 20
+SMALL = [
+    "name=test",
+    f"data.sample_rate_hz={SAMPLE_RATE_HZ}",
+    "data.clip_seconds=1.0",
+    "data.num_workers=1",
+    "model.audio.name=tiny-audio-32",
+    "model.audio.stride_frames=32",
+    "model.audio.stride_bins=32",
+    "model.audio.fbank.num_fbank_frames=98",
+    "model.audio.fbank.time_mask_frames=20",
+    "model.image.name=tiny-64",
+    "model.text.name=tiny-64",
+    "model.text.frozen=false",
+    "training.global_batch_size=16",
+    "training.num_epochs=10",
+    "optim.weight_lr=3e-3",
+    f"training.max_steps={NUM_STEPS}",
+    "evaluation.every_epochs=100",
+    "checkpoint.every_epochs=100",
+    "checkpoint.every_steps=10",
+    "tracker.every_steps=1",
+    "tracker.wandb=disabled",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pretrain")
+    train = [[make_sample(16 * shard + row) for row in range(16)] for shard in range(4)]
+    write_shards(folder / "train", train)
+    write_shards(folder / "validation", [train[0][:12]])
+    return folder
+
+
+def launch(script: str, words: list[str], num_processes: int = 2) -> subprocess.CompletedProcess[str]:
+    """``deepspeed launch/SCRIPT words``, from the repository's root, without any W&B key."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(num_processes)]
+    return subprocess.run(
+        [*deepspeed, "--master_port", str(20000 + os.getpid() % 20000), f"launch/{script}.py", *words],
+        cwd=REPOSITORY,
+        env={**environment, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def pretrain(folder: Path, run: str, *words: str, num_processes: int = 2) -> Path:
+    """A finished run's folder."""
+    sets = [f"data.train.own.shards={folder / 'train'}", f"data.validation.own.shards={folder / 'validation'}"]
+    done = launch("pretrain", [*SMALL, *sets, f"run_dir={folder / run}", *words], num_processes)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder / run
+
+
+def losses(run: Path) -> dict[int, float]:
+    return {int(line["trainer/step"]): line["train/loss"] for line in read_metrics(run) if "train/loss" in line}
+
+
+def learned(found: dict[int, float]) -> bool:
+    """The last five losses lie below the first five."""
+    values = list(found.values())
+    return max(values[-5:]) < min(values[:5])
+
+
+@pytest.fixture(scope="module")
+def two_processes(folder):
+    return pretrain(folder, "two")
+
+
+def test_one_and_two_processes_have_the_same_losses(folder, two_processes):
+    alone = losses(pretrain(folder, "one", num_processes=1))
+    assert list(alone) == list(range(1, NUM_STEPS + 1))
+    assert losses(two_processes) == pytest.approx(alone, rel=1e-4)
+    assert learned(alone)
+
+
+def test_zero_1_has_the_losses_of_zero_0(folder, two_processes):
+    assert losses(pretrain(folder, "zero1", "engine.zero_stage=1")) == pytest.approx(losses(two_processes), rel=1e-4)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_a_resumed_run_goes_on_as_if_never_stopped(folder, zero_stage):
+    words = [f"engine.zero_stage={zero_stage}", "training.resume=auto"]
+    run = f"resumed{zero_stage}"
+    pretrain(folder, run, *words, "training.max_steps=13", "checkpoint.every_steps=5")
+    whole = losses(folder / ("two" if zero_stage == 0 else "zero1"))
+    # The newest checkpoint, of step 13, is damaged: the one before it counts, and later lines are cut.
+    damaged = folder / run / "checkpoints" / "step-00000013" / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x01")
+    resumed = losses(pretrain(folder, run, *words))
+    assert resumed == whole
+    assert [path.name for path in sorted((folder / run / "checkpoints").glob("step-*"))][-1] == "step-00000020"
+
+
+def test_a_resumed_run_takes_its_rates_from_its_own_recipe(folder, two_processes):
+    run = folder / "slower"
+    shutil.copytree(two_processes, run)
+    done = launch(
+        "pretrain",
+        [
+            *SMALL,
+            f"data.train.own.shards={folder / 'train'}",
+            f"run_dir={run}",
+            "training.resume=auto",
+            "training.max_steps=22",
+            "optim.weight_lr=1e-5",
+        ],
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert max(line["optim/weight_lr"] for line in read_metrics(run)[-2:]) < 1e-5
+
+
+def test_a_clip_that_only_rank_1_cannot_evaluate_is_named(folder):
+    broken = folder / "broken"
+    write_shards(broken, [[make_sample(row) for row in range(12)]])
+    path = broken / "00000.tar"
+    offset, num_bytes = load_shards(str(broken))[0].index.span(1, "flac")
+    path.chmod(0o644)
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(b"\xff" * num_bytes)
+    sets = [f"data.train.own.shards={folder / 'train'}", f"data.validation.own.shards={broken}"]
+    done = launch("pretrain", [*SMALL, *sets, f"run_dir={folder / 'rank1'}", "training.max_steps=1"])
+    assert done.returncode != 0
+    assert "clip-0001 of" in "".join(line for line in done.stderr.splitlines() if line.startswith("error:"))
+
+
+def test_a_run_that_diverges_stops_and_leaves_no_broken_checkpoint(folder):
+    sets = [f"data.train.own.shards={folder / 'train'}", "checkpoint.every_steps=1", "optim.weight_lr=1e30"]
+    done = launch("pretrain", [*SMALL, *sets, f"run_dir={folder / 'diverged'}"], num_processes=1)
+    assert done.returncode != 0
+    assert "lower optim.weight_lr" in done.stderr
+    for saved in (folder / "diverged" / "checkpoints").glob("step-*"):
+        assert all(tensor.isfinite().all() for tensor in load_file(saved / "model.safetensors").values())
+
+
+def test_bf16_learns_in_another_precision(folder, two_processes):
+    found = losses(pretrain(folder, "bf16", "training.precision=bf16"))
+    whole = losses(two_processes)
+    assert found[1] != whole[1]
+    assert found[1] == pytest.approx(whole[1], rel=0.02)
+    assert learned(found)
+
+
+def test_audio_image_with_lars_leaves_the_image_tower_alone(folder):
+    words = ["task=audio-image", "optim.name=lars", "optim.weight_lr=4.0", "optim.bias_lr=0.1"]
+    run = pretrain(folder, "image", *words)
+    first, last = (load_file(run / "checkpoints" / f"step-000000{step}" / "model.safetensors") for step in (10, 20))
+    for name in first:
+        assert torch.equal(first[name], last[name]) == name.startswith("image."), name
+    directions = json.loads((run / "retrieval.json").read_text())[0]["directions"]
+    assert list(directions) == ["audio->image", "image->audio"]
+
+
+def test_evaluation_and_export_agree_with_the_run(folder, two_processes):
+    shown = json.loads((two_processes / "retrieval.json").read_text())
+    export = subprocess.run(
+        [sys.executable, "launch/export.py", f"run={two_processes}", f"out={folder / 'export'}"],
+        cwd=REPOSITORY,
+        check=True,
+        capture_output=True,
+    )
+    assert b"weights in" in export.stdout
+    done = launch("evaluate", [f"run={folder / 'export'}", f"out={folder / 'again'}"], num_processes=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((folder / "again" / "retrieval.json").read_text()) == shown
+    assert "audio->text" in done.stdout
+    assert (two_processes / "loss.png").stat().st_size > 1000
+
+
+def test_a_tower_is_taken_from_another_run(folder, two_processes):
+    words = ["task=audio-image", f"model.audio.init={two_processes}", "training.max_steps=1", "optim.weight_lr=0.0"]
+    run = pretrain(folder, "initialised", *words, "optim.bias_lr=0.0", num_processes=1)
+    taken, source = read_weights(str(run)), read_weights(str(two_processes))
+    names = [name for name in source if name.startswith("audio.")]
+    assert names
+    assert all(torch.equal(taken[name], source[name]) for name in names)
+
+
+def test_wrong_input_under_the_launcher_is_one_line(folder):
+    done = launch("pretrain", [*SMALL, f"data.train.own.shards={folder / 'train'}", "optim.wieght_lr=1"])
+    assert done.returncode != 0
+    assert [line for line in done.stderr.splitlines() if line.startswith("error:")] == [
+        "error: unknown key 'optim.wieght_lr': did you mean 'optim.weight_lr'?"
+    ]
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data.train.own.shards=/nowhere"], "data set 'own': no *.tar files at /nowhere"),
+        (["training.global_batch_size=15"], "15 cannot be shared by 2 processes"),
+        (["training.global_batch_size=100"], "an epoch holds 64 samples, fewer than one batch"),
+        (["model.text.name=tiny-46"], "did you mean tiny-64"),
+        (["model.audio.init=/nowhere"], "no weights at /nowhere"),
+        (["run_dir={two}"], "holds checkpoints of an earlier run"),
+        (["run_dir=/proc/run"], "run_dir=/proc/run cannot be written to"),
+        (
+            ["data.validation.own.shards={train}", "data.validation.own.relevance=/nowhere"],
+            "no relevance file at /nowhere",
+        ),
+        (["task=image-text", "data.num_frames=9"], "has no 4.jpg"),
+    ],
+    ids=lambda value: value[0].split("=")[0] if isinstance(value, list) else "",
+)
+def test_wrong_input_ends_before_any_process_group_starts(folder, two_processes, words, message):
+    words = [word.format(two=two_processes, train=folder / "train") for word in words]
+    # No second process and no master address: starting a group would fail in another way, or hang.
+    done = subprocess.run(
+        [sys.executable, "launch/pretrain.py", *SMALL, f"data.train.own.shards={folder / 'train'}", *words],
+        cwd=REPOSITORY,
+        env={**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2
+    said = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(said) == 1
+    assert message in said[0]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("key", ["", "not-a-key"])
+def test_wandb_without_a_good_key_is_offline_and_asks_nothing(tmp_path, key):
+    program = (
+        "from pathlib import Path; from audiotext_dist.training.tracker import Tracker, TrackerConfig\n"
+        "tracker = Tracker(\n"
+        "    TrackerConfig(), Path('.'), name='test', recipe={}, start_step=0, wandb_id=None, is_main=True\n"
+        ")\n"
+        "tracker.log(1, {'train/loss': 1.0}); tracker.close()"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={**environment, "WANDB_API_KEY": key, "HOME": str(tmp_path), "PYTHONPATH": str(REPOSITORY)},
+        stdin=subprocess.DEVNULL,
+        check=True,
+        timeout=120,
+    )
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))

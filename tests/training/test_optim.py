@@ -1,0 +1,71 @@
+"""LARS against its formula written out, the groups, and the schedule."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from audiotext_dist.training.optim import LARS, OptimConfig, build_optimizer, schedule, set_learning_rates
+
+
+def reference_lars(values, gradients, *, lr, momentum, weight_decay, eta):
+    """One parameter through all gradients, by You et al. 2017, in plain floats."""
+    value, velocity = values.double(), torch.zeros_like(values).double()
+    for gradient in gradients:
+        update = gradient.double()
+        if value.dim() > 1:
+            update = update + weight_decay * value
+            norm, update_norm = math.sqrt((value**2).sum()), math.sqrt((update**2).sum())
+            update = update * (eta * norm / update_norm if norm > 0 and update_norm > 0 else 1.0)
+        velocity = momentum * velocity + update
+        value = value - lr * velocity
+    return value
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (5,), (3, 2, 2, 2), (1,)])
+def test_lars_follows_its_formula_for_50_steps(shape):
+    generator = torch.Generator().manual_seed(0)
+    parameter = nn.Parameter(torch.randn(shape, generator=generator))
+    gradients = [torch.randn(shape, generator=generator) for _ in range(50)]
+    expected = reference_lars(parameter.detach(), gradients, lr=0.3, momentum=0.9, weight_decay=1e-2, eta=0.001)
+    optimizer = LARS([parameter], lr=0.3, weight_decay=1e-2)
+    for gradient in gradients:
+        parameter.grad = gradient.clone()
+        optimizer.step()
+    torch.testing.assert_close(parameter.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_lars_moves_a_zero_matrix_by_the_plain_rate():
+    parameter = nn.Parameter(torch.zeros(2, 2))
+    parameter.grad = torch.ones(2, 2)
+    LARS([parameter], lr=0.1).step()
+    torch.testing.assert_close(parameter.detach(), torch.full((2, 2), -0.1))
+
+
+def test_groups_hold_trained_parameters_only_with_their_own_rates():
+    model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))
+    model[2].requires_grad_(False)
+    config = OptimConfig(name="lars", weight_lr=0.2, bias_lr=0.0048, weight_decay=1e-6)
+    weights, others = build_optimizer(model, config, global_batch_size=128).param_groups
+    assert [tuple(parameter.shape) for parameter in weights["params"]] == [(3, 4)]
+    assert len(others["params"]) == 3
+    assert (weights["peak_lr"], others["peak_lr"]) == (0.1, 0.0024)
+    assert (weights["weight_decay"], others["weight_decay"]) == (1e-6, 0.0)
+    set_learning_rates([weights, others], 0.5)
+    assert (weights["lr"], others["lr"]) == (0.05, 0.0012)
+
+
+def test_adamw_rates_do_not_grow_with_the_batch():
+    optimizer = build_optimizer(nn.Linear(4, 3), OptimConfig(weight_lr=2e-5), global_batch_size=1024)
+    assert [group["peak_lr"] for group in optimizer.param_groups] == [2e-5, 2e-5]
+
+
+def test_schedule_warms_up_and_falls_as_a_cosine():
+    shares = [schedule(step, warmup_steps=10, num_steps=110, final_share=0.001) for step in range(110)]
+    assert shares[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert shares[10] == 1.0
+    assert shares[60] == pytest.approx(0.5 + 0.0005)
+    assert shares[10:] == sorted(shares[10:], reverse=True)
+    assert schedule(110, warmup_steps=10, num_steps=110, final_share=0.001) == pytest.approx(0.001)
+    assert schedule(0, warmup_steps=0, num_steps=5, final_share=0.0) == 1.0

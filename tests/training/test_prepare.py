@@ -1,0 +1,34 @@
+"""Towers that start from others: what the audio tower is a copy of."""
+
+import torch
+from safetensors.torch import save_file
+
+from audiotext_dist.distributed import World
+from audiotext_dist.training.prepare import prepare
+from audiotext_dist.training.recipe import read_recipe
+from tests.clips import SAMPLE_RATE_HZ, make_sample, write_shards
+
+
+def test_the_audio_tower_copies_the_image_tower_that_another_run_trained(tmp_path):
+    shards = write_shards(tmp_path / "set", [[make_sample(row) for row in range(4)]])
+    words = [
+        "name=test",
+        "task=audio-image",
+        f"run_dir={tmp_path / 'run'}",
+        f"data.train.own.shards={shards}",
+        f"data.sample_rate_hz={SAMPLE_RATE_HZ}",
+        "training.global_batch_size=4",
+        "model.image.name=tiny-64",
+        "model.audio.init_from_image=true",
+    ]
+    fresh = prepare(read_recipe(words), World()).model
+    trained = {f"image.{name}": value + 1 for name, value in fresh.image.state_dict().items()}
+    save_file(trained, tmp_path / "image.safetensors")
+    model = prepare(read_recipe([*words, f"model.image.init={tmp_path / 'image.safetensors'}"]), World()).model
+    for copied, image in (
+        (model.audio.transformer.proj, model.image.visual.proj),
+        (model.audio.transformer.conv1.weight, model.image.visual.conv1.weight),
+    ):
+        assert torch.equal(copied, image)
+    assert torch.equal(model.image.visual.proj, fresh.image.visual.proj + 1)
+    assert torch.equal(fresh.audio.transformer.proj, fresh.image.visual.proj)

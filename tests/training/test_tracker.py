@@ -1,0 +1,52 @@
+"""Metrics files: what a kill leaves behind, and what a resumed run makes of it."""
+
+import pytest
+
+from audiotext_dist.training.tracker import METRICS_FILE, Tracker, TrackerConfig, read_metrics
+
+
+def track(folder, start_step, steps, is_main=True):
+    tracker = Tracker(
+        TrackerConfig(wandb="disabled"),
+        folder,
+        name="test",
+        recipe={},
+        start_step=start_step,
+        wandb_id=None,
+        is_main=is_main,
+    )
+    for step in steps:
+        tracker.log(step, {"train/loss": step / 2})
+    return tracker
+
+
+def steps_of(folder):
+    return [line["trainer/step"] for line in read_metrics(folder)]
+
+
+def test_each_line_is_on_disk_when_log_returns(tmp_path):
+    track(tmp_path, 0, [1, 2])
+    assert read_metrics(tmp_path)[-1] == {"trainer/step": 2, "train/loss": 1.0}
+
+
+def test_a_resumed_run_cuts_the_lines_after_its_checkpoint(tmp_path):
+    track(tmp_path, 0, [1, 2, 3, 4]).close()
+    track(tmp_path, 2, [3]).close()
+    assert steps_of(tmp_path) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("torn", ['{"trainer/st', '{"loss": 1}', "\x00\x00"])
+def test_a_line_that_a_kill_left_unfinished_goes(tmp_path, torn):
+    track(tmp_path, 0, [1, 2]).close()
+    with (tmp_path / METRICS_FILE).open("a") as file:
+        file.write(torn)
+    track(tmp_path, 5, [6]).close()
+    assert steps_of(tmp_path) == [1, 2, 6]
+
+
+def test_a_new_run_starts_with_an_empty_file_and_other_ranks_write_nothing(tmp_path):
+    track(tmp_path, 0, [1, 2]).close()
+    track(tmp_path, 0, [1]).close()
+    assert steps_of(tmp_path) == [1]
+    track(tmp_path / "other", 0, [1], is_main=False).close()
+    assert not (tmp_path / "other").exists()
