@@ -6,7 +6,7 @@ import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow
 import pyarrow.parquet
@@ -140,6 +140,11 @@ def check_failed_share(table: pyarrow.Table, max_failed_share: float) -> None:
 
 
 def count_failures(table: pyarrow.Table) -> Counter[Reason]:
-    """How often each reason is named, in the order in which they first come."""
-    reasons = table["reason"].drop_null()
-    return Counter({found["values"]: found["counts"] for found in reasons.value_counts().to_pylist()})
+    """How often each reason is given."""
+    return count_values(table, "reason")
+
+
+def count_values(table: pyarrow.Table, column: str) -> Counter[Any]:
+    """How often each value stands in a column, nulls apart, in the order in which they first come."""
+    found = table[column].drop_null().value_counts()
+    return Counter({each["values"]: each["counts"] for each in found.to_pylist()})
