@@ -12,17 +12,14 @@ their own, which would multiply. Other calls leave it to them (AWS_MAX_ATTEMPTS,
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import os
 import re
-import sys
 import tempfile
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 import fsspec
@@ -31,21 +28,11 @@ from filelock import FileLock, Timeout
 from fsspec.asyn import sync
 
 from audiotext_dist.errors import UserError
-from audiotext_dist.retry import RetryConfig
+from audiotext_dist.retry import RetryConfig, answer, refusals_named
 
-Answer = TypeVar("Answer")
 # One request, and one piece in memory, of a file that is fetched.
 BLOCK_BYTES = 16 << 20
 _HTTP = ("http", "https")
-
-
-class RefusalError(UserError):
-    """What a disk or a server refused. transient: asked again later, it may say yes."""
-
-    # A default, or it could not come back from a worker process.
-    def __init__(self, message: str, *, transient: bool = False) -> None:
-        super().__init__(message)
-        self.transient = transient
 
 
 def is_remote(path: str) -> bool:
@@ -73,7 +60,7 @@ def exists(path: str, retry: RetryConfig | None = None) -> bool:
         # Otherwise a web server that is busy would count as one without the file.
         return bool(filesystem.exists(inner, strict=True) if _scheme(path) in _HTTP else filesystem.exists(inner))
 
-    return _answer("look for", path, retry, ask)
+    return answer("look for", public_name(path), retry, ask)
 
 
 def list_files(folder: str, suffix: str, retry: RetryConfig | None = None) -> list[str]:
@@ -83,7 +70,7 @@ def list_files(folder: str, suffix: str, retry: RetryConfig | None = None) -> li
         filesystem, inner = _fresh_filesystem(folder, retry)
         return [str(entry) for entry in filesystem.ls(inner, detail=False)] if filesystem.isdir(inner) else []
 
-    names = _answer("list", folder, retry, ask)
+    names = answer("list", public_name(folder), retry, ask)
     return sorted(_with_scheme(folder, name.rstrip("/")) for name in names if name.endswith(suffix))
 
 
@@ -114,7 +101,7 @@ def _glob(pattern: str, retry: RetryConfig | None) -> list[str]:
         filesystem, inner = _fresh_filesystem(pattern, retry)
         return [_with_scheme(pattern, str(name)) for name in filesystem.glob(inner)]
 
-    return _answer("list", pattern, retry, ask)
+    return answer("list", public_name(pattern), retry, ask)
 
 
 def _scheme(path: str) -> str:
@@ -153,7 +140,7 @@ def read_bytes(path: str, retry: RetryConfig | None = None) -> bytes:
         filesystem, inner = _filesystem(path, retry)
         return bytes(filesystem.cat_file(inner))
 
-    return _answer("read", path, retry, ask)
+    return answer("read", public_name(path), retry, ask)
 
 
 def identity(path: str, retry: RetryConfig) -> dict[str, str]:
@@ -171,7 +158,7 @@ def identity(path: str, retry: RetryConfig) -> dict[str, str]:
             raise
         return {name.lower(): str(value) for name, value in found.items() if name.lower() in kept and value is not None}
 
-    return _answer("look for", path, retry, ask)
+    return answer("look for", public_name(path), retry, ask)
 
 
 def blocks(path: str, start: int, retry: RetryConfig) -> Iterator[tuple[int, bytes]]:
@@ -183,7 +170,7 @@ def blocks(path: str, start: int, retry: RetryConfig) -> Iterator[tuple[int, byt
         FileNotFoundError: it is not there.
         RefusalError: the server said no, stalled or hung up, maybe in the middle.
     """
-    with _refusals_named("read", path, whatever=True):
+    with refusals_named("read", public_name(path), whatever=True):
         filesystem, inner = _fresh_filesystem(path, retry)
         if _scheme(path) in _HTTP:
             yield from _http_blocks(filesystem, inner, start)
@@ -225,7 +212,7 @@ def _http_blocks(filesystem: Any, url: str, start: int) -> Iterator[tuple[int, b
 def write_bytes(path: str, content: bytes) -> None:
     """Write the whole file; locally under a temporary name, synced, then renamed."""
     if is_remote(path):
-        with _refusals_named("write", path):
+        with refusals_named("write", public_name(path)):
             filesystem, inner = fsspec.core.url_to_fs(path)
             filesystem.pipe_file(inner, content)
         return
@@ -238,7 +225,7 @@ def atomic_local_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on a clean exit it is synced and becomes ``path``."""
     # Not the process's id, which another machine on the same disk may use as well.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    with _refusals_named("write", str(path)):
+    with refusals_named("write", public_name(str(path))):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
@@ -257,7 +244,7 @@ def atomic_file(path: str) -> Iterator[Path]:
             yield temporary
         return
     # A file without a name in any folder: nothing of it stays behind where the process is killed.
-    with _refusals_named("write", path), tempfile.TemporaryFile() as file:
+    with refusals_named("write", public_name(path)), tempfile.TemporaryFile() as file:
         temporary = Path(f"/proc/self/fd/{file.fileno()}")
         yield temporary
         filesystem, inner = fsspec.core.url_to_fs(path)
@@ -276,7 +263,7 @@ def claimed(path: str, wait: bool = False) -> Iterator[bool]:
         return
     target = Path(path.removeprefix("file://"))
     lock = FileLock(target.with_name(f".{target.name}.lock"))
-    with _refusals_named("write", path):
+    with refusals_named("write", public_name(path)):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(blocking=wait)
@@ -295,7 +282,7 @@ def claimed(path: str, wait: bool = False) -> Iterator[bool]:
 
 def remove(path: str, missing_ok: bool = False) -> None:
     """Delete one file."""
-    with _refusals_named("remove", path):
+    with refusals_named("remove", public_name(path)):
         filesystem, inner = fsspec.core.url_to_fs(path)
         try:
             filesystem.rm_file(inner)
@@ -312,7 +299,7 @@ def sha256_of(path: Path) -> str:
 def digest(path: str) -> tuple[int, str]:
     """(bytes, hex SHA-256) of a file, read in blocks."""
     sha256, num_bytes = hashlib.sha256(), 0
-    with _refusals_named("read", path), fsspec.open(path, "rb") as file:
+    with refusals_named("read", public_name(path)), fsspec.open(path, "rb") as file:
         while block := file.read(1 << 20):
             sha256.update(block)
             num_bytes += len(block)
@@ -347,76 +334,3 @@ def _fresh_filesystem(path: str, retry: RetryConfig | None = None) -> tuple[Any,
     filesystem, inner = _filesystem(path, retry)
     filesystem.invalidate_cache()
     return filesystem, inner
-
-
-def _answer(action: str, path: str, retry: RetryConfig | None, ask: Callable[[], Answer]) -> Answer:
-    """What ``ask`` returns, tried again while the refusals are such as may pass."""
-    num_failures = 0
-    while True:
-        try:
-            with _refusals_named(action, path):
-                return ask()
-        except RefusalError as error:
-            num_failures += 1
-            if retry is None or not error.transient or not is_remote(path):
-                raise
-            if num_failures > retry.retries:
-                raise gave_up(error, num_failures) from None
-            time.sleep(retry.pause_seconds(num_failures))
-
-
-def gave_up(error: RefusalError, num_attempts: int) -> RefusalError:
-    """The same refusal, with how often it was met."""
-    return RefusalError(f"after {num_attempts} attempts: {error}", transient=False)
-
-
-@contextlib.contextmanager
-def _refusals_named(action: str, path: str, *, whatever: bool = False) -> Iterator[None]:
-    """Say in one line what a disk or a server refused; what is not there is the caller's to judge.
-
-    whatever: also errors of file systems that have kinds of their own.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except FileNotFoundError:
-        if action == "write":
-            raise UserError(f"cannot write {public_name(path)}: there is no such folder or bucket, make it") from None
-        raise
-    except Exception as error:
-        if not (whatever or isinstance(error, _refusals())):
-            raise
-        # A web server's refusal is told without its URL, which may hold a signature.
-        status = getattr(error, "status", None)
-        reason = f"HTTP {status}" if status else getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-        raise RefusalError(
-            f"cannot {action} {public_name(path)} ({reason or type(error).__name__}): "
-            "mend the cause, then run the same command again",
-            transient=_may_pass(error),
-        ) from None
-
-
-def _refusals() -> tuple[type[Exception], ...]:
-    """The system's errors, and those that s3fs and aiohttp let through, where these are at work."""
-    refusals: list[type[Exception]] = [OSError]
-    if botocore := sys.modules.get("botocore.exceptions"):
-        refusals += [botocore.BotoCoreError, botocore.ClientError]
-    if aiohttp := sys.modules.get("aiohttp"):
-        refusals.append(aiohttp.ClientError)
-    return tuple(refusals)
-
-
-def _may_pass(error: Exception) -> bool:
-    """False for what no waiting mends: no permission, no credentials, a request that makes no sense."""
-    botocore = sys.modules.get("botocore.exceptions")
-    if botocore and isinstance(error, botocore.BotoCoreError):
-        return isinstance(error, botocore.HTTPClientError)
-    if (status := getattr(error, "status", None)) is not None:
-        return status >= 500 or status in (408, 425, 429)
-    if isinstance(error, OSError):
-        lasting = (errno.EINVAL, errno.ENOSPC, errno.EDQUOT, errno.EPERM, errno.ENAMETOOLONG)
-        return not isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError) and (
-            error.errno not in lasting
-        )
-    return not isinstance(error, ValueError | TypeError | ImportError | NotImplementedError)

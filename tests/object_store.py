@@ -126,7 +126,10 @@ def proxy(target: str, fault: Callable[[Request], Fault | None]) -> Iterator[str
         def log_message(self, *_: object) -> None:
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+    class Server(http.server.ThreadingHTTPServer):
+        request_queue_size = 64  # of connections at once; one too many would wait for a second
+
+    with Server(("127.0.0.1", 0), Handler) as running:
         threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()
         try:
             yield f"http://127.0.0.1:{running.server_port}"

@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 
 from audiotext_dist import storage
 from audiotext_dist.errors import UserError
-from audiotext_dist.retry import RetryConfig
+from audiotext_dist.retry import RefusalError, RetryConfig, gave_up
 
 _PART, _LOCK, _WANTED, _ROOM = ".part", ".lock", ".wanted", ".room"
 
@@ -63,7 +63,8 @@ class ReadCounts:
 class NodeCache:
     """The cache in one folder, for every process of the node that names the same.
 
-    max_bytes: what all its files may take up, and at most what the disk has; a single larger file is held alone.
+    max_bytes: what all its files may take up, and at most what the disk has. Only where the files that are being
+    fetched at one moment are more than that, they are held without others.
     """
 
     folder: str = field(default_factory=default_folder)
@@ -234,18 +235,18 @@ class NodeCache:
                     counts.bytes_fetched += len(block)
                 if num_bytes is None or arrived >= num_bytes:
                     break
-                error = storage.RefusalError(
+                error = RefusalError(
                     f"{storage.public_name(path)} ends after {arrived} of {num_bytes} bytes: build or copy it again",
                     transient=True,
                 )
-            except storage.RefusalError as refusal:
+            except RefusalError as refusal:
                 error = refusal
             num_failures = 1 if arrived > furthest else num_failures + 1
             furthest = max(arrived, furthest)
             if not error.transient:
                 raise error
             if num_failures > self.retry.retries:
-                raise storage.gave_up(error, num_failures)
+                raise gave_up(error, num_failures)
             time.sleep(self.retry.pause_seconds(num_failures))
         if arrived != (num_bytes or arrived) or sha256 not in (None, digest.hexdigest()):
             raise UserError(f"{storage.public_name(path)} is not what its index describes: build or copy it again")

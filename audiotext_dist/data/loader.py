@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -103,11 +103,10 @@ class TrainingBatches(Dataset[Batch]):
         self._shards = [shard for shards in sets for shard in shards]
         cache = NodeCache() if cache is None else cache
         self._reader = ShardReader(self._shards, cache)
-        self._prefetcher = Prefetcher(
-            cache, self._shards, self._shards_ahead, max_bytes=cache.max_bytes // world.local_size
-        )
         self._plan_of = lru_cache(maxsize=4)(plan_of)  # the first epoch's, the last one's, this one's, the next one's
         self._decode, self._seed, self._world, self._tokenize = decode, seed, world, tokenize
+        ahead = partial(_shards_ahead, self._plan_of, world)
+        self._prefetcher = Prefetcher(cache, self._shards, ahead, max_bytes=cache.max_bytes // world.local_size)
 
     def __getitem__(self, step: int) -> Batch:
         """The batch; every slot is filled.
@@ -126,12 +125,6 @@ class TrainingBatches(Dataset[Batch]):
         batch.counts = self._reader.take_counts()
         batch.counts += self._prefetcher.take_counts()
         return batch
-
-    def _shards_ahead(self, step: int) -> Iterator[int]:
-        epoch, number = divmod(step, self._plan_of(0).num_batches)
-        for each, first in ((epoch, number), (epoch + 1, 0)):
-            plan = self._plan_of(each)
-            yield from plan.shards_ahead(first, rank=self._world.rank, world_size=self._world.size)
 
     def _own_slots(self, epoch: int, number: int) -> list[Slot]:
         plan = self._plan_of(epoch)
@@ -172,10 +165,11 @@ class EvaluationBatches(Dataset[Batch]):
         self._shards = shards
         cache = NodeCache() if cache is None else cache
         self._reader = ShardReader(shards, cache)
-        self._prefetcher = Prefetcher(cache, shards, self._shards_ahead, max_bytes=cache.max_bytes // world.local_size)
         self._decode = decode
         slots = evaluation_slots([shard.index.num_samples for shard in shards], rank=world.rank, world_size=world.size)
         self._batches = [slots[start : start + batch_size] for start in range(0, len(slots), batch_size)]
+        ahead = partial(_shards_of, self._batches)
+        self._prefetcher = Prefetcher(cache, shards, ahead, max_bytes=cache.max_bytes // world.local_size)
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -189,9 +183,6 @@ class EvaluationBatches(Dataset[Batch]):
         self._prefetcher.advance(number)
         return collate([self._decode_slot(slot) for slot in self._batches[number]], [], None)
 
-    def _shards_ahead(self, number: int) -> Iterator[int]:
-        return (slot.shard for batch in self._batches[number:] for slot in batch)
-
     def _decode_slot(self, slot: Slot) -> Clip:
         shard = self._shards[slot.shard]
         key = shard.index.keys[slot.row]
@@ -201,6 +192,17 @@ class EvaluationBatches(Dataset[Batch]):
             raise UserError(
                 f"clip {key} of {storage.public_name(shard.path)} cannot be evaluated ({error}): rebuild that shard"
             ) from None
+
+
+def _shards_ahead(plan_of: Callable[[int], Plan], world: World, step: int) -> Iterator[int]:
+    """The shards that a rank needs from a step of the run on, until the next epoch's end."""
+    epoch, number = divmod(step, plan_of(0).num_batches)
+    for each, first in ((epoch, number), (epoch + 1, 0)):
+        yield from plan_of(each).shards_ahead(first, rank=world.rank, world_size=world.size)
+
+
+def _shards_of(batches: Sequence[Sequence[Slot]], number: int) -> Iterator[int]:
+    return (slot.shard for batch in batches[number:] for slot in batch)
 
 
 def collate(clips: Sequence[Clip], bad_samples: list[BadSample], tokenize: Tokenize | None) -> Batch:
