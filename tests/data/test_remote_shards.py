@@ -21,7 +21,7 @@ from audiotext_dist.data.index import Shard, load_shards
 from audiotext_dist.data.loader import Batch, EvaluationBatches, TrainingBatches, in_step, iterate
 from audiotext_dist.data.plan import Plan
 from audiotext_dist.data.sets import DataConfig, SetConfig, make_plan, warn_of_small_cache
-from audiotext_dist.distributed import World
+from audiotext_dist.distributed import World, sums_over_ranks
 from audiotext_dist.errors import UserError
 from audiotext_dist.retry import RetryConfig
 from tests.clips import SAMPLE_RATE_HZ, make_sample, write_shards
@@ -227,6 +227,7 @@ def _until_it_ends(rank: int, spec: str, unreachable: str, cache_folder: str) ->
     batches = training(spec, cache, World(rank=rank, size=2))
     reads = {slot.shard for slot in batches._own_slots(0, 5)}
     assert (rank == 1) == (int(unreachable) in reads)
+    assert sums_over_ranks([rank + 1, 5.0], CPU) == [3.0, 10.0]
     try:
         for _ in in_step(iterate(batches, range(12), num_workers=0, device=CPU)):
             pass
