@@ -87,7 +87,8 @@ def refusals_named(action: str, shown: str, *, whatever: bool = False) -> Iterat
             raise
         # A web server's refusal is told without its URL, which may hold a signature.
         status = getattr(error, "status", None)
-        reason = f"HTTP {status}" if status else getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        told = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        reason = f"HTTP {status}" if status else told or ("stalled" if isinstance(error, TimeoutError) else "")
         raise RefusalError(
             f"cannot {action} {shown} ({reason or type(error).__name__}): "
             "mend the cause, then run the same command again",

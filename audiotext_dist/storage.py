@@ -188,10 +188,12 @@ def _http_blocks(filesystem: Any, url: str, start: int) -> Iterator[tuple[int, b
 
     async def read(response: Any) -> bytes:
         pieces, num_bytes = [], 0
-        while num_bytes < BLOCK_BYTES and (piece := await response.content.read(BLOCK_BYTES - num_bytes)):
-            pieces.append(piece)
-            num_bytes += len(piece)
-        return b"".join(pieces)
+        # What came before an error counts; the next read meets the error again.
+        with contextlib.suppress(Exception):
+            while num_bytes < BLOCK_BYTES and (piece := await response.content.read(BLOCK_BYTES - num_bytes)):
+                pieces.append(piece)
+                num_bytes += len(piece)
+        return b"".join(pieces) or bytes(await response.content.read(1))
 
     session = sync(filesystem.loop, filesystem.set_session)
     own = {**filesystem.kwargs}

@@ -5,7 +5,7 @@
 2. Who does not find a file takes its lock, makes room, and fetches it as ``NAME.part``, whose full size is set at
    once: so the sizes in the folder are what the cache takes up, fetches under way included.
 3. What has arrived is checked against the index, then renamed. A reader gets it open: removed meanwhile, it stays
-   readable until it is closed.
+   readable until it is closed, which is before the reader's next batch.
 4. Each process that fetches ahead says in ``NAME.wanted`` what it will read soon: that is removed last.
 5. Locks end with their process. Whoever makes room removes what killed processes left.
 """

@@ -131,6 +131,12 @@ class ShardReader:
         taken, self._counts = self._counts, ReadCounts()
         return taken
 
+    def close_removed(self) -> None:
+        """Close remote shards that the cache has removed: for as long as they are open, they take up its disk."""
+        for shard, descriptor in list(self._descriptors.items()):
+            if storage.is_remote(self._shards[shard].path) and os.fstat(descriptor).st_nlink == 0:
+                os.close(self._descriptors.pop(shard))
+
     def close(self) -> None:
         """Close the shards' files; the next read opens them again."""
         while self._descriptors:

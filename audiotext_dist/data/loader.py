@@ -114,6 +114,7 @@ class TrainingBatches(Dataset[Batch]):
         Raises:
             UserError: so many samples in a row cannot be decoded that the set must be broken.
         """
+        self._reader.close_removed()
         self._prefetcher.advance(step)
         epoch, number = divmod(step, self._plan_of(0).num_batches)
         bad_samples: list[BadSample] = []
@@ -180,6 +181,7 @@ class EvaluationBatches(Dataset[Batch]):
         Raises:
             UserError: a clip cannot be decoded; a silently smaller test set would not compare.
         """
+        self._reader.close_removed()
         self._prefetcher.advance(number)
         return collate([self._decode_slot(slot) for slot in self._batches[number]], [], None)
 

@@ -164,9 +164,7 @@ def test_a_web_server_in_trouble_is_asked_again(tmp_path: Path, site: str, fault
     assert held(cache) == {"a.tar"}
 
 
-@pytest.mark.parametrize(
-    ("fault", "attempts"), [("500", 3), ("stall", 3), ("cut", 3), ("reset", 3), ("403", 1)], ids=str
-)
+@pytest.mark.parametrize(("fault", "attempts"), [("500", 3), ("stall", 3), ("cut", 3), ("403", 1)], ids=str)
 def test_a_web_server_that_stays_in_trouble_is_given_up_in_one_line(
     tmp_path: Path, site: str, fault: Fault, attempts: int
 ) -> None:
@@ -268,13 +266,15 @@ def test_a_fetch_under_way_is_waited_for_counted_and_left_alone(tmp_path: Path, 
     with proxy(site, hold_the_first) as address:
         with fetching(cache, f"{address}/a.tar") as process:
             assert entered.wait(60)
-            for name in ("first", "second"):
-                (url,) = in_memory(**{name: b"s" * 1000}).values()
-                read(cache, url, b"s" * 1000)
-                assert held(cache) == {"a.tar.lock", "a.tar.part", f"{name}.tar"}
-            size = {"num_bytes": len(CONTENT), "sha256": "", "counts": ReadCounts()}
-            assert not cache.fetch_ahead(f"{address}/a.tar", **size)
-            released.set()
+            try:
+                for name in ("first", "second"):
+                    (url,) = in_memory(**{name: b"s" * 1000}).values()
+                    read(cache, url, b"s" * 1000)
+                    assert held(cache) == {"a.tar.lock", "a.tar.part", f"{name}.tar"}
+                ahead = cache.fetch_ahead(f"{address}/a.tar", num_bytes=len(CONTENT), sha256="", counts=ReadCounts())
+                assert not ahead
+            finally:
+                released.set()
             assert read(cache, f"{address}/a.tar", CONTENT) == CONTENT
         assert process.returncode == 0
     assert asked == ["/a.tar"]

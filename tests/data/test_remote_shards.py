@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
 import logging
+import os
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -140,6 +142,15 @@ def test_a_cache_that_is_too_small_still_gives_every_batch(folder: Path, site: s
     assert len(shards_in(tight)) <= 2  # the last one of each worker
 
 
+def removed_but_open(cache: NodeCache) -> list[str]:
+    """Files of the cache that still take up its disk."""
+    targets = []
+    for path in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            targets.append(os.readlink(path))
+    return [target for target in targets if target.startswith(cache.folder) and target.endswith("(deleted)")]
+
+
 @pytest.mark.parametrize("held_shards", [NUM_SHARDS, 8])
 def test_a_warmed_run_never_waits_across_the_epochs_end_too(site: str, cache: NodeCache, held_shards: int) -> None:
     shard_bytes = max(shard.index.shard_bytes for shard in load_shards(f"{site}/set", cache))
@@ -153,6 +164,8 @@ def test_a_warmed_run_never_waits_across_the_epochs_end_too(site: str, cache: No
         total += batches[step].counts
         batches._prefetcher.wait_until_idle()
         assert sum(path.stat().st_size for path in shards_in(cache)) <= cache.max_bytes
+    batches[step]
+    assert removed_but_open(cache) == []
     assert total.prefetch_waits == 0
     assert total.bytes_read > 0
     if held_shards == NUM_SHARDS:
@@ -306,7 +319,8 @@ def test_a_remote_tar_without_an_index_is_scanned_once(elsewhere: Path, cache: N
             "a/2",
         ]
         assert set(first.index.members) == {"flac", "json"}
-        # Another tar at the same place is another tar.
+        # Another tar at the same place is another tar, although the old one is still here.
+        os.close(cache.open(f"{address}/0.tar"))
         elsewhere.write_bytes(tar_of({"b.flac": b"1" * 5000, "b.json": b'{"text": "b"}'}))
         assert load_shards(f"{address}/0.tar", cache)[0].index.keys == ["b"]
 
