@@ -181,7 +181,8 @@ def test_a_web_server_that_stays_in_trouble_is_given_up_in_one_line(
     assert ("after 3 attempts: " in str(caught.value)) == (attempts == 3)
     assert "\n" not in str(caught.value)
     assert "secret" not in str(caught.value)
-    assert asked == list(range(attempts))
+    # A body that is cut later than the one before begins the count anew.
+    assert len(asked) == attempts or (fault == "cut" and len(asked) > attempts)
     assert held(cache) == set()
 
 

@@ -147,7 +147,7 @@ def removed_but_open(cache: NodeCache) -> list[str]:
     targets = []
     for path in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
-            targets.append(os.readlink(path))
+            targets.append(str(path.readlink()))
     return [target for target in targets if target.startswith(cache.folder) and target.endswith("(deleted)")]
 
 
