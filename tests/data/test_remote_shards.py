@@ -126,6 +126,28 @@ def test_batches_from_s3_in_every_trouble_are_those_of_the_disk(
     assert len(shards_in(cache)) == NUM_SHARDS
 
 
+def test_a_fetch_from_s3_goes_on_with_the_piece_that_failed(
+    folder: Path, store: str, cache: NodeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = (folder / "00003.tar").read_bytes()
+    num_pieces, asked = 5, []
+
+    def cut_the_fourth(request: Request) -> Fault | None:
+        if request.method == "GET":
+            asked.append(request.number)
+        return "cut" if request.method == "GET" and request.number == 3 else None
+
+    monkeypatch.setattr(storage, "BLOCK_BYTES", -(-len(content) // num_pieces))
+    with proxy(store, cut_the_fourth) as endpoint:
+        use(monkeypatch, endpoint)
+        (shard,) = load_shards(str(folder / "00003.tar"))
+        url = "s3://bucket/set/00003.tar"
+        descriptor = cache.open(url, num_bytes=len(content), sha256=shard.index.sha256)
+    assert os.pread(descriptor, len(content) + 1, 0) == content
+    os.close(descriptor)
+    assert len(asked) == num_pieces + 1
+
+
 def test_batches_from_a_web_server_in_trouble_are_those_of_the_disk(folder: Path, site: str, cache: NodeCache) -> None:
     def trouble(request: Request) -> Fault | None:
         faults: list[Fault] = ["500", "503", "reset", "cut", "freeze"]
