@@ -25,6 +25,7 @@ from audiotext_dist.data.index import BUILD_SETTINGS, INDEX_SUFFIX, SHARD_SUFFIX
 from audiotext_dist.data.sample import safe_key
 from audiotext_dist.errors import UserError, run_for_people
 from shards.check import check
+from shards.executors import keep_freed_memory
 from shards.finished import SHARD_REPORT_SUFFIX
 from shards.job import BuildConfig, run
 from shards.record import Record
@@ -108,6 +109,7 @@ Config = TypeVar("Config", bound=BuildConfig)
 def main() -> None:
     """The command: choose the source."""
     source, *words = sys.argv[1:] or ["--help"]
+    keep_freed_memory()
     match source:
         case "-h" | "--help":
             print(USAGE, end="")
