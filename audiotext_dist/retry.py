@@ -92,7 +92,7 @@ def refusals_named(action: str, shown: str, *, whatever: bool = False) -> Iterat
         raise RefusalError(
             f"cannot {action} {shown} ({reason or type(error).__name__}): "
             "mend the cause, then run the same command again",
-            transient=_may_pass(error),
+            transient=may_pass(error),
         ) from None
 
 
@@ -106,7 +106,7 @@ def _refusals() -> tuple[type[Exception], ...]:
     return tuple(refusals)
 
 
-def _may_pass(error: Exception) -> bool:
+def may_pass(error: Exception) -> bool:
     """False for what no waiting mends: no permission, no credentials, a request that makes no sense."""
     botocore = sys.modules.get("botocore.exceptions")
     if botocore and isinstance(error, botocore.BotoCoreError):

@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 from fsspec.asyn import sync
 
 from audiotext_dist.errors import UserError
-from audiotext_dist.retry import RetryConfig, answer, refusals_named
+from audiotext_dist.retry import RetryConfig, answer, may_pass, refusals_named
 
 # One request, and one piece in memory, of a file that is fetched.
 BLOCK_BYTES = 16 << 20
@@ -57,8 +57,16 @@ def exists(path: str, retry: RetryConfig | None = None) -> bool:
 
     def ask() -> bool:
         filesystem, inner = _fresh_filesystem(path, retry)
-        # Otherwise a web server that is busy would count as one without the file.
-        return bool(filesystem.exists(inner, strict=True) if _scheme(path) in _HTTP else filesystem.exists(inner))
+        if _scheme(path) not in _HTTP:
+            return bool(filesystem.exists(inner))
+        try:
+            # Otherwise a web server that is busy would count as one without the file.
+            return bool(filesystem.exists(inner, strict=True))
+        except Exception as error:
+            # Stores that let nobody list them say 403 of what is not there.
+            if getattr(error, "status", None) is None or may_pass(error):
+                raise
+            return False
 
     return answer("look for", public_name(path), retry, ask)
 

@@ -370,5 +370,7 @@ def test_a_busy_server_is_not_one_without_the_file(site: str) -> None:
     with proxy(site, lambda request: "503" if request.number < 2 else None) as address:
         assert storage.exists(f"{address}/set/00000.index.json", HASTY)
         assert not storage.exists(f"{address}/set/nowhere", HASTY)
+    with proxy(site, lambda request: "403") as address:
+        assert not storage.exists(f"{address}/set/00000.index.json", HASTY)
     with proxy(site, lambda request: "503") as address, pytest.raises(UserError, match=r"after 4 attempts: .*503"):
         storage.exists(f"{address}/set/00000.index.json", HASTY)
