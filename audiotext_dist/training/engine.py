@@ -89,7 +89,8 @@ class _WeightsOnlyCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]
 class Engine:
     """A model and its optimizer under DeepSpeed.
 
-    Gradients are averaged over ranks at ``backward``; ``step`` updates and clears them.
+    Of a step's last micro-batch ``backward`` averages the gradients over ranks, and ``step`` updates and clears
+    them; before, the two add up gradients on this rank.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class Engine:
         config: EngineConfig,
         *,
         micro_batch_size: int,
+        num_micro_batches: int = 1,
         gradient_clipping: float | None,
     ) -> None:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
@@ -108,7 +110,7 @@ class Engine:
             dist_init_required=False,
             config={
                 "train_micro_batch_size_per_gpu": micro_batch_size,
-                "gradient_accumulation_steps": 1,
+                "gradient_accumulation_steps": num_micro_batches,
                 # DeepSpeed's default is 1.0; 0 is off.
                 "gradient_clipping": gradient_clipping or 0.0,
                 "zero_optimization": {"stage": config.zero_stage},
@@ -129,11 +131,11 @@ class Engine:
         return self._engine(*inputs)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Gradients of this rank's loss, averaged over ranks."""
-        self._engine.backward(loss)
+        """Add the gradients of this rank's loss, or of a micro-batch's part of it."""
+        self._engine.backward(loss, scale_wrt_gas=False)
 
     def step(self) -> None:
-        """Update the parameters and clear the gradients."""
+        """After each ``backward``: update the parameters and clear the gradients, if it was the step's last."""
         self._engine.step()
 
     def train(self) -> None:

@@ -44,7 +44,8 @@ def train(prepared: Prepared) -> list[RetrievalResult]:
         model,
         build_optimizer(model, recipe.optim, global_batch_size=recipe.training.global_batch_size),
         recipe.engine,
-        micro_batch_size=recipe.training.global_batch_size // world.size,
+        micro_batch_size=recipe.training.global_batch_size // world.size // recipe.num_micro_batches(world.size),
+        num_micro_batches=recipe.num_micro_batches(world.size),
         gradient_clipping=recipe.optim.gradient_clipping,
     )
     progress = prepared.start()
@@ -113,7 +114,15 @@ class _Run:
                     final_share=recipe.optim.final_lr_share,
                 )
                 set_learning_rates(self._engine.param_groups, share)
-                result = train_step(self._engine, self._prepared.model, batch, self._step)
+                result = train_step(
+                    self._engine,
+                    self._prepared.model,
+                    batch,
+                    self._step,
+                    loss=recipe.loss,
+                    matmul_dtype=recipe.training.autocast_dtype,
+                    num_micro_batches=recipe.num_micro_batches(self._world.size),
+                )
                 self._step += 1
                 self._count_bad_samples(batch)
                 if self._step % recipe.tracker.every_steps == 0 or self._step == self._last_step:
@@ -160,7 +169,7 @@ class _Run:
             self._step,
             {
                 "train/loss": result.loss,
-                "train/recall_at_1": result.recall_at_1,
+                **{f"train/{name}": value for name, value in result.figures.items()},
                 "train/logit_scale": result.logit_scale,
                 "train/epoch": epoch,
                 "optim/weight_lr": learning_rates[0],
