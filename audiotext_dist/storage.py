@@ -114,6 +114,17 @@ def read_bytes(path: str) -> bytes:
         return bytes(file.read())
 
 
+def read_range(path: str, start: int, stop: int) -> bytes:
+    """The bytes from ``start`` to before ``stop``, fewer where the file ends earlier; of a URL no more is fetched.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
+    with _refusals_named("read", path):
+        filesystem, inner = fsspec.core.url_to_fs(path)
+        return bytes(filesystem.cat_file(inner, start=start, end=stop))
+
+
 def write_bytes(path: str, content: bytes) -> None:
     """Write the whole file; locally under a temporary name, synced, then renamed."""
     if is_remote(path):

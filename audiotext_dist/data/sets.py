@@ -20,26 +20,35 @@ class SetConfig:
 
     shards: folder, glob or ``{00000..00099}.tar`` braces, local or a URL. weight: how often an epoch
     holds each clip. relevance (evaluation only): ``labels``, every clip that shares a label is found; or a file that
-    says which captions truly describe which clips.
+    says which captions truly describe which clips. features: folder or URL of its feature files, null for beside
+    the shards.
     """
 
     shards: str = "???"
     weight: float = 1.0
     relevance: str | None = None
+    features: str | None = None
 
     def __post_init__(self) -> None:
         storage.check_no_credentials(self.shards)
+        storage.check_no_credentials(self.features or "")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which clips are read, and how."""
+    """Which clips are read, and how.
+
+    frame_features, caption_features: NAME of what launch/embed.py features=NAME wrote; the frozen image or text tower
+    then says nothing itself, and no JPEG is opened.
+    """
 
     train: dict[str, SetConfig] = field(default_factory=dict)
     validation: dict[str, SetConfig] = field(default_factory=dict)
     sample_rate_hz: int = 32000
     clip_seconds: float = 10.0
     num_frames: int = 4
+    frame_features: str | None = None
+    caption_features: str | None = None
     num_lanes: int | None = None  # default: the most up to 64 that the batch divides into
     window_shards: int = 4
     num_workers: int = 2  # DataLoader workers a rank
@@ -67,6 +76,7 @@ class DataConfig:
             num_frames=self.num_frames,
             frame_pixels=frame_pixels,
             random=random,
+            pictures=self.frame_features is None,
         )
 
 
