@@ -261,7 +261,7 @@ def _write(
         shard_sha256=index.sha256,
         num_rows=index.num_samples,
         dtype=config.dtype,
-        encoders={**encoders},
+        encoders=encoders,
         missing=missing,
         content_sha256=content.hexdigest(),
     )

@@ -55,7 +55,7 @@ class FeatureHeader:
     shard_sha256: str
     num_rows: int
     dtype: str
-    encoders: dict[str, Encoder]
+    encoders: dict[Modality, Encoder]
     missing: dict[str, str]
     content_sha256: str
 

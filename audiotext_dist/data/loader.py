@@ -116,7 +116,6 @@ class TrainingBatches(Dataset[Batch]):
         features: Features = NO_FEATURES,
     ) -> None:
         self._features = features
-        self._needs_caption = tokenize is not None or features.captions is not None
         self._shards = [shard for shards in sets for shard in shards]
         self._reader = ShardReader(self._shards)
         self._plan_of = lru_cache(maxsize=3)(plan_of)  # the first epoch's, the last one's, this one's
@@ -146,7 +145,8 @@ class TrainingBatches(Dataset[Batch]):
             key = shard.index.keys[slot.row]
             try:
                 clip = decode_clip(self._reader, key, slot, self._decode, seed=self._seed, epoch=epoch)
-                if self._needs_caption and clip.caption_number < 0:
+                needs_caption = self._tokenize is not None or self._features.captions is not None
+                if needs_caption and clip.caption_number < 0:
                     raise BadSampleError("no caption")
                 clip = self._features.added_to(clip, slot)
                 if clip.caption_embeddings is None:
