@@ -52,7 +52,7 @@ def main() -> None:
     world = World.from_environment()
     logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(message)s", force=True)
     logging.getLogger("audiotext_dist").setLevel(logging.INFO)
-    if not torch.cuda.is_available():
+    if world.local_size > 1 and not torch.cuda.is_available():
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
     run, config, changes = _split(words)
     recipe = _read(run, config, changes)
