@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -39,15 +40,16 @@ Any number of processes; the files do not depend on it. A job that is killed goe
 again. Files of this name by another encoder, or of shards that changed since, are refused, unless overwrite=true.
 A clip that does not decode is named and left out; training puts another in its place, as for any bad sample.
 
-"""
+run: a run folder or export, instead of recipe=. """
 
 
 def main() -> None:
     """Read the words, build the encoders, embed this rank's share of the shards."""
     words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
     if not words or {"-h", "--help"} & set(words):
-        own_keys = configuration.describe(EmbedConfig)
-        print(f"{HELP}Keys:\n  run=None\n{own_keys}\n\nOther keys are the recipe's:\n{configuration.describe(Recipe)}")
+        keys = inspect.cleandoc(EmbedConfig.__doc__ or "").partition("\n\n")[2]
+        print(f"{HELP}{keys}\n\n  run=None\n{configuration.describe(EmbedConfig)}\n\nOther keys are the recipe's:")
+        print(configuration.describe(Recipe))
         return
     world = World.from_environment()
     logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(message)s", force=True)
@@ -63,24 +65,24 @@ def main() -> None:
     sets = {**recipe.data.train, **{f"validation {name}": chosen for name, chosen in recipe.data.validation.items()}}
     opened = open_sets(sets, recipe.data, frames="image" in encoders, captions="text" in encoders)
     folders = [chosen.features for chosen in sets.values()]
-    finished, to_do = plan_jobs(zip(opened, folders, strict=True), config, encoders, world)
-    num_bad = embed_shards(
-        model.to(world.device),
-        to_do,
-        config,
-        encoders,
-        recipe.data.decode_config(
-            audio="audio" in encoders,
-            frames="all" if "image" in encoders else "none",
-            frame_pixels=model.frame_pixels,
-            random=False,
-        ),
-        num_workers=recipe.data.num_workers,
-        world=world,
+    own = plan_jobs(zip(opened, folders, strict=True), config, encoders)[world.rank :: world.size]
+    to_do = [job for job in own if not job.is_finished]
+    decode = recipe.data.decode_config(
+        audio="audio" in encoders,
+        frames="all" if "image" in encoders else "none",
+        frame_pixels=model.frame_pixels,
+        random=False,
     )
+    try:
+        num_bad = embed_shards(
+            model.to(world.device), to_do, config, encoders, decode, num_workers=recipe.data.num_workers, world=world
+        )
+    except UserError as error:
+        error.on_every_rank = False
+        raise
     print(
         f"'{config.features}' features ({', '.join(encoders)}): rank {world.rank} of {world.size} made {len(to_do)} "
-        f"files, {num_bad} clips could not be embedded; {len(finished)} files were there already"
+        f"files, {num_bad} clips could not be embedded; {len(own) - len(to_do)} files were there already"
     )
 
 

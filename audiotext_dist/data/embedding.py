@@ -1,9 +1,9 @@
 """Frozen encoders over shards: the job that writes feature files.
 
-1. A shard's features that are there already are kept where this very encoder made them of this very shard, else
+1. The shards are dealt to the ranks, which know nothing of each other: each embeds its own, in batches that never
+   cross a shard's end. So the files are the same on any number of ranks.
+2. A shard's features that are there already are kept where this very encoder made them of this very shard, else
    refused before any work begins.
-2. The other shards are dealt to the ranks, which know nothing of each other: each embeds its own, in batches that
-   never cross a shard's end. So the files are the same on any number of ranks.
 3. Each file is written whole under its name when its shard is through; a job that is killed goes on from there.
 """
 
@@ -29,10 +29,11 @@ from audiotext_dist.data.decode import BadSampleError, Clip, DecodeConfig, Shard
 from audiotext_dist.data.encoders import Encoder, Modality
 from audiotext_dist.data.features import (
     OFFSETS,
+    FeatureFile,
     FeatureHeader,
     check_feature_name,
     feature_path,
-    read_feature_file,
+    find_feature_files,
 )
 from audiotext_dist.data.index import Shard
 from audiotext_dist.data.loader import BadSample, Batch, collate, iterate
@@ -78,19 +79,17 @@ class EmbedConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A shard and the file that it is to have."""
+    """A shard and the file that it is to have, or has."""
 
     shard: Shard
     path: str
+    is_finished: bool
 
 
 def plan_jobs(
-    sets: Iterable[tuple[Sequence[Shard], str | None]],
-    config: EmbedConfig,
-    encoders: dict[Modality, Encoder],
-    world: World,
-) -> tuple[list[Job], list[Job]]:
-    """(what is finished, what is to do) of this rank's share; a shard that stands in two sets counts once.
+    sets: Iterable[tuple[Sequence[Shard], str | None]], config: EmbedConfig, encoders: dict[Modality, Encoder]
+) -> list[Job]:
+    """A job for each shard of some sets; a shard that stands in two of them counts once.
 
     Args:
         sets: the shards of each, and the folder of their features.
@@ -99,34 +98,31 @@ def plan_jobs(
         UserError: two shards would share one file; or a file of this name is of another encoder or another shard,
             and is not to be overwritten.
     """
-    jobs: dict[str, Job] = {}
+    shard_of: dict[str, Shard] = {}
     for shards, folder in sets:
         for shard in shards:
             path = feature_path(shard, config.features, folder)
-            other = jobs.setdefault(path, Job(shard=shard, path=path)).shard
+            other = shard_of.setdefault(path, shard)
             if other.path != shard.path:
                 raise UserError(
                     f"{storage.public_name(other.path)} and {storage.public_name(shard.path)} would share "
                     f"{storage.public_name(path)}: give the features of each folder of shards a folder of their own"
                 )
-    finished: list[Job] = []
-    to_do: list[Job] = []
-    for job in list(jobs.values())[world.rank :: world.size]:
-        (finished if _is_finished(job, config, encoders) else to_do).append(job)
-    return finished, to_do
+    found = find_feature_files(list(shard_of), refuse_damaged=not config.overwrite)
+    return [
+        Job(shard=shard, path=path, is_finished=file is not None and _is_up_to_date(file, shard, config, encoders))
+        for (path, shard), file in zip(shard_of.items(), found, strict=True)
+    ]
 
 
-def _is_finished(job: Job, config: EmbedConfig, encoders: dict[Modality, Encoder]) -> bool:
+def _is_up_to_date(file: FeatureFile, shard: Shard, config: EmbedConfig, encoders: dict[Modality, Encoder]) -> bool:
     try:
-        file = read_feature_file(job.path)
-        file.check_belongs(job.shard, encoders)
+        file.check_belongs(shard, encoders)
         if file.header.dtype != config.dtype or file.header.encoders.keys() != encoders.keys():
             raise UserError(
-                f"{storage.public_name(job.path)} holds {file.header.dtype} of {', '.join(file.header.encoders)}: "
+                f"{storage.public_name(file.path)} holds {file.header.dtype} of {', '.join(file.header.encoders)}: "
                 "choose another features=NAME, or make it anew with overwrite=true"
             )
-    except FileNotFoundError:
-        return False
     except UserError:
         if not config.overwrite:
             raise
@@ -146,6 +142,8 @@ def embed_shards(
     world: World,
 ) -> int:
     """Make the file of each job; the model is on its device. Returns how many rows could not be embedded.
+
+    An error here may be this rank's alone.
 
     Raises:
         UserError: too many clips that do not decode, an embedding that is not finite, or a disk that refuses.
@@ -205,7 +203,7 @@ class RowBatches(Dataset[Batch]):
             return decode_clip(self._reader, key, slot, self._decode, seed=0, epoch=0)
         except BadSampleError as error:
             bad_samples.append(BadSample(storage.public_name(shard.path), key, str(error)))
-            return blank_clip(key, self._decode)
+            return _blank_clip(key, self._decode)
 
 
 def _embed(
@@ -234,12 +232,10 @@ def _embed(
             found[modality][row_of == row] = 0
         broken = row_of[~np.isfinite(found[modality].reshape(len(row_of), -1)).all(axis=1)]
         if len(broken):
-            error = UserError(
+            raise UserError(
                 f"the {modality} embedding of clip {batch.keys[int(broken[0]) - rows.start]} is not finite: "
                 "take the weights of another checkpoint"
             )
-            error.on_every_rank = False
-            raise error
     return found
 
 
@@ -270,7 +266,7 @@ def _write(
         storage.write_bytes(job.path, save(tensors, header.to_metadata()))
 
 
-def blank_clip(key: str, decode: DecodeConfig) -> Clip:
+def _blank_clip(key: str, decode: DecodeConfig) -> Clip:
     """Silence and black frames, for a row that has nothing else."""
     pixels = decode.frame_pixels
     num_frames = decode.num_frames if decode.frames == "all" else 0
@@ -297,12 +293,10 @@ def _check_bad_share(num_bad: int, num_read: int, bad_samples: Sequence[BadSampl
     # Ten, so that one bad clip among the first does not stop a job.
     if bad_samples and num_bad >= 10 and num_bad > math.floor(config.max_bad_share * num_read):
         last = bad_samples[-1]
-        error = UserError(
+        raise UserError(
             f"{num_bad} of {num_read} clips do not decode, more than max_bad_share={config.max_bad_share}, "
             f"the last {last.key} of {last.shard} ({last.reason}): rebuild those shards"
         )
-        error.on_every_rank = False
-        raise error
 
 
 def _progress_bar(num_clips: int, world: World) -> tqdm:

@@ -134,6 +134,27 @@ def read_feature_file(path: str) -> FeatureFile:
         ) from None
 
 
+def find_feature_files(paths: Sequence[str], *, refuse_damaged: bool = True) -> list[FeatureFile | None]:
+    """The headers of the files at these paths; None where there is none.
+
+    Raises:
+        UserError: one is no feature file, which counts as none without ``refuse_damaged``.
+    """
+
+    def find(path: str) -> FeatureFile | None:
+        try:
+            return read_feature_file(path)
+        except FileNotFoundError:
+            return None
+        except UserError:
+            if refuse_damaged:
+                raise
+            return None
+
+    with ThreadPoolExecutor(HEADERS_READ_AT_ONCE) as threads:
+        return list(threads.map(find, paths))
+
+
 def open_features(
     shards: Sequence[Shard], name: str, folder: str | None, encoders: dict[Modality, Encoder], set_name: str
 ) -> list[FeatureFile]:
@@ -146,20 +167,14 @@ def open_features(
         UserError: one is missing, damaged or stale.
     """
     paths = [feature_path(shard, name, folder) for shard in shards]
-    suffix = f".{name}{FEATURE_SUFFIX}"
-    # Base names only: a listing may spell the folder in another way.
-    present = {
-        place: {path.rpartition("/")[2] for path in storage.list_files(place, suffix)}
-        for place in {path.rpartition("/")[0] for path in paths}
-    }
-    absent = [path for path in paths if path.rpartition("/")[2] not in present[path.rpartition("/")[0]]]
+    found = find_feature_files(paths)
+    absent = [path for path, file in zip(paths, found, strict=True) if file is None]
     if absent:
         raise UserError(
             f"data set '{set_name}' has no '{name}' features for {len(absent)} of {len(paths)} shards "
             f"({storage.public_name(absent[0])}): run launch/embed.py features={name} on it to the end"
         )
-    with ThreadPoolExecutor(HEADERS_READ_AT_ONCE) as threads:
-        files = list(threads.map(read_feature_file, paths))
+    files = [file for file in found if file is not None]
     for file, shard in zip(files, shards, strict=True):
         file.check_belongs(shard, encoders)
     return files

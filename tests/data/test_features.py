@@ -166,8 +166,10 @@ def test_a_clip_that_could_not_be_embedded_is_replaced_in_training_and_refused_a
 def test_a_set_in_which_too_much_does_not_decode_is_no_set(shards, run_embed):
     for row in range(10):
         damage(shards, row // 6, row % 6, frame_member(0))
-    with pytest.raises(UserError, match=r"10 of \d+ clips do not decode, more than max_bad_share=0.01"):
+    with pytest.raises(UserError, match=r"10 of \d+ clips do not decode, more than max_bad_share=0.01") as raised:
         run_embed(*PICTURES, f"shards={shards}", "features=own", "batch_size=4")
+    # Another rank may not have met it: this one says so itself.
+    assert not raised.value.on_every_rank
 
 
 def test_an_embedding_that_is_not_finite_is_refused(shards, run_embed, monkeypatch):
@@ -268,9 +270,11 @@ def test_a_second_job_keeps_what_is_finished_and_refuses_what_is_stale(embedded_
         (["dtype=fp16"], "holds fp32 of image"),
         (["what=[image,audio]"], "without audio"),
     ):
-        with pytest.raises(UserError, match=message):
-            run_embed(*words, *changed)
+        with pytest.raises(UserError, match=message) as raised:
+            run_embed(*words, *changed, rank=1, size=4)
+        assert raised.value.on_every_rank
     assert [file.read_bytes() for file in files] == whole
+    a_file_cut_short(folder)
     run_embed(*words, "training.seed=1", "overwrite=true")
     assert all(file.read_bytes() != before for file, before in zip(files, whole, strict=True))
     with pytest.raises(UserError, match="by other weights"):
