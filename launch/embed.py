@@ -65,18 +65,11 @@ def main() -> None:
     sets = {**recipe.data.train, **{f"validation {name}": chosen for name, chosen in recipe.data.validation.items()}}
     opened = open_sets(sets, recipe.data, frames="image" in encoders, captions="text" in encoders)
     folders = [chosen.features for chosen in sets.values()]
-    own = plan_jobs(zip(opened, folders, strict=True), config, encoders)[world.rank :: world.size]
+    jobs = plan_jobs(zip(opened, folders, strict=True), config, encoders, recipe.data.node_cache().retry)
+    own = jobs[world.rank :: world.size]
     to_do = [job for job in own if not job.is_finished]
-    decode = recipe.data.decode_config(
-        audio="audio" in encoders,
-        frames="all" if "image" in encoders else "none",
-        frame_pixels=model.frame_pixels,
-        random=False,
-    )
     try:
-        num_bad = embed_shards(
-            model.to(world.device), to_do, config, encoders, decode, num_workers=recipe.data.num_workers, world=world
-        )
+        num_bad = embed_shards(model.to(world.device), to_do, config, encoders, recipe.data, world)
     except UserError as error:
         error.on_every_rank = False
         raise

@@ -273,7 +273,7 @@ CASES = [
     Case("4 bytes", "unreadable", of_bytes(b"RIFF")),
     Case("wav cut", "truncated", cut(wav)),
     Case("24-bit wav cut", "truncated", cut(wav_of("PCM_24"))),
-    Case("flac cut", "unreadable", cut(flac)),
+    Case("flac cut", "truncated", cut(flac)),
     Case("ogg cut", "truncated", cut(ogg)),
     Case("mp3 cut", "truncated", cut(mp3)),
     Case("mp4 without its table", "unreadable", cut(film)),

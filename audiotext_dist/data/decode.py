@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from audiotext_dist import storage
+from audiotext_dist.data.cache import NodeCache, ReadCounts
 from audiotext_dist.data.index import Shard
 from audiotext_dist.data.plan import Slot
 from audiotext_dist.data.sample import AUDIO_MEMBER, METADATA_MEMBER, ClipMetadata, frame_member
@@ -86,11 +87,14 @@ class ShardReader:
     """Reads members of shards by ``pread``; opens lazily, so it may cross into worker processes.
 
     Args:
+        cache: where remote shards are held.
         max_open_files: least recently used shards are closed above this number.
     """
 
-    def __init__(self, shards: Sequence[Shard], *, max_open_files: int = 128) -> None:
+    def __init__(self, shards: Sequence[Shard], cache: NodeCache | None = None, *, max_open_files: int = 128) -> None:
         self._shards = shards
+        self._cache = NodeCache() if cache is None else cache
+        self._counts = ReadCounts()
         self._max_open_files = max_open_files
         self._descriptors: OrderedDict[int, int] = OrderedDict()
 
@@ -106,6 +110,7 @@ class ShardReader:
             raise BadSampleError(f"no {member}")
         offset, num_bytes = span
         content = os.pread(self._descriptor(shard), num_bytes, offset)
+        self._counts.bytes_read += len(content)
         if len(content) != num_bytes:
             raise BadSampleError(f"{member} is cut short")
         return content
@@ -115,7 +120,7 @@ class ShardReader:
             self._descriptors.move_to_end(shard)
             return self._descriptors[shard]
         path, index = self._shards[shard].path, self._shards[shard].index
-        descriptor = os.open(storage.local_copy(path, index.shard_bytes, index.sha256), os.O_RDONLY)
+        descriptor = self._cache.open(path, num_bytes=index.shard_bytes, sha256=index.sha256, counts=self._counts)
         found_bytes = os.fstat(descriptor).st_size
         if found_bytes != index.shard_bytes:
             os.close(descriptor)
@@ -127,6 +132,17 @@ class ShardReader:
         if len(self._descriptors) > self._max_open_files:
             os.close(self._descriptors.popitem(last=False)[1])
         return descriptor
+
+    def take_counts(self) -> ReadCounts:
+        """What reading cost since the last call."""
+        taken, self._counts = self._counts, ReadCounts()
+        return taken
+
+    def close_removed(self) -> None:
+        """Close remote shards that the cache has removed: for as long as they are open, they take up its disk."""
+        for shard, descriptor in list(self._descriptors.items()):
+            if storage.is_remote(self._shards[shard].path) and os.fstat(descriptor).st_nlink == 0:
+                os.close(self._descriptors.pop(shard))
 
     def close(self) -> None:
         """Close the shards' files; the next read opens them again."""

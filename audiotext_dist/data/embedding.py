@@ -13,8 +13,9 @@ import hashlib
 import logging
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -25,6 +26,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from audiotext_dist import storage
+from audiotext_dist.data.cache import NodeCache
 from audiotext_dist.data.decode import BadSampleError, Clip, DecodeConfig, ShardReader, decode_clip
 from audiotext_dist.data.encoders import Encoder, Modality
 from audiotext_dist.data.features import (
@@ -38,10 +40,13 @@ from audiotext_dist.data.features import (
 from audiotext_dist.data.index import Shard
 from audiotext_dist.data.loader import BadSample, Batch, collate, iterate
 from audiotext_dist.data.plan import Slot
+from audiotext_dist.data.prefetch import Prefetcher
 from audiotext_dist.data.sample import ClipMetadata
+from audiotext_dist.data.sets import DataConfig
 from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError, require_positive
 from audiotext_dist.models.dual_encoder import DualEncoder
+from audiotext_dist.retry import RetryConfig
 
 _log = logging.getLogger(__name__)
 _DTYPES = {"fp32": np.float32, "fp16": np.float16}
@@ -87,7 +92,10 @@ class Job:
 
 
 def plan_jobs(
-    sets: Iterable[tuple[Sequence[Shard], str | None]], config: EmbedConfig, encoders: dict[Modality, Encoder]
+    sets: Iterable[tuple[Sequence[Shard], str | None]],
+    config: EmbedConfig,
+    encoders: dict[Modality, Encoder],
+    retry: RetryConfig | None = None,
 ) -> list[Job]:
     """A job for each shard of some sets; a shard that stands in two of them counts once.
 
@@ -108,7 +116,7 @@ def plan_jobs(
                     f"{storage.public_name(other.path)} and {storage.public_name(shard.path)} would share "
                     f"{storage.public_name(path)}: give the features of each folder of shards a folder of their own"
                 )
-    found = find_feature_files(list(shard_of), refuse_damaged=not config.overwrite)
+    found = find_feature_files(list(shard_of), retry, refuse_damaged=not config.overwrite)
     return [
         Job(shard=shard, path=path, is_finished=file is not None and _is_up_to_date(file, shard, config, encoders))
         for (path, shard), file in zip(shard_of.items(), found, strict=True)
@@ -136,9 +144,7 @@ def embed_shards(
     jobs: Sequence[Job],
     config: EmbedConfig,
     encoders: dict[Modality, Encoder],
-    decode: DecodeConfig,
-    *,
-    num_workers: int,
+    data: DataConfig,
     world: World,
 ) -> int:
     """Make the file of each job; the model is on its device. Returns how many rows could not be embedded.
@@ -149,12 +155,18 @@ def embed_shards(
         UserError: too many clips that do not decode, an embedding that is not finite, or a disk that refuses.
     """
     model.eval()
-    batches = RowBatches([job.shard for job in jobs], decode, config.batch_size)
+    decode = data.decode_config(
+        audio="audio" in encoders,
+        frames="all" if "image" in encoders else "none",
+        frame_pixels=model.frame_pixels,
+        random=False,
+    )
+    batches = RowBatches([job.shard for job in jobs], decode, config.batch_size, cache=data.node_cache(), world=world)
     num_read = num_bad = 0
     parts: list[Tensors] = []
     missing: dict[str, str] = {}
     with _progress_bar(sum(job.shard.index.num_samples for job in jobs), world) as bar:
-        items = iterate(batches, range(len(batches)), num_workers=num_workers, device=world.device)
+        items = iterate(batches, range(len(batches)), num_workers=data.num_workers, device=world.device)
         for (number, rows), batch in zip(batches.rows, items, strict=True):
             job = jobs[number]
             bad = {rows.start + batch.keys.index(sample.key): sample.reason for sample in batch.bad_samples}
@@ -177,20 +189,26 @@ class RowBatches(Dataset[Batch]):
     A row that does not decode stands there as a blank clip, and is told among the bad samples.
     """
 
-    def __init__(self, shards: Sequence[Shard], decode: DecodeConfig, batch_size: int) -> None:
+    def __init__(
+        self, shards: Sequence[Shard], decode: DecodeConfig, batch_size: int, *, cache: NodeCache, world: World
+    ) -> None:
         self._shards, self._decode = shards, decode
-        self._reader = ShardReader(shards)
+        self._reader = ShardReader(shards, cache)
         self.rows = [
             (number, range(start, min(start + batch_size, shard.index.num_samples)))
             for number, shard in enumerate(shards)
             for start in range(0, shard.index.num_samples, batch_size)
         ]
+        ahead = partial(_shards_of, self.rows)
+        self._prefetcher = Prefetcher(cache, shards, ahead, max_bytes=cache.max_bytes // world.local_size)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, number: int) -> Batch:
         """The batch; its rows are ``rows[number]``."""
+        self._reader.close_removed()
+        self._prefetcher.advance(number)
         bad_samples: list[BadSample] = []
         shard, rows = self.rows[number]
         clips = [self._decode_or_blank(Slot(shard=shard, row=row), bad_samples) for row in rows]
@@ -204,6 +222,10 @@ class RowBatches(Dataset[Batch]):
         except BadSampleError as error:
             bad_samples.append(BadSample(storage.public_name(shard.path), key, str(error)))
             return _blank_clip(key, self._decode)
+
+
+def _shards_of(rows: Sequence[tuple[int, range]], number: int) -> Iterator[int]:
+    return (shard for shard, _ in rows[number:])
 
 
 def _embed(

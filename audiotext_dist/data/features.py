@@ -16,12 +16,14 @@ the mapped file; a remote file is first copied to the node, like a shard.
 from __future__ import annotations
 
 import json
+import os
 import re
 import struct
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,11 +31,13 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from audiotext_dist import storage
+from audiotext_dist.data.cache import NodeCache
 from audiotext_dist.data.decode import BadSampleError, Clip
 from audiotext_dist.data.encoders import Encoder, Modality
 from audiotext_dist.data.index import SHARD_SUFFIX, Shard
 from audiotext_dist.data.plan import Slot
 from audiotext_dist.errors import UserError
+from audiotext_dist.retry import RetryConfig
 
 FEATURE_SUFFIX = ".safetensors"
 FEATURE_VERSION = 1
@@ -104,7 +108,7 @@ def feature_path(shard: Shard, name: str, folder: str | None) -> str:
     return storage.join(folder or beside or ".", f"{shard_name.removesuffix(SHARD_SUFFIX)}.{name}{FEATURE_SUFFIX}")
 
 
-def read_feature_file(path: str) -> FeatureFile:
+def read_feature_file(path: str, retry: RetryConfig | None = None) -> FeatureFile:
     """The header of a feature file, and no more of it.
 
     Raises:
@@ -112,17 +116,17 @@ def read_feature_file(path: str) -> FeatureFile:
         UserError: it is no feature file.
     """
     try:
-        start = storage.read_range(path, 0, _FIRST_BYTES)
+        start = storage.read_range(path, 0, _FIRST_BYTES, retry)
         (num_header_bytes,) = struct.unpack("<Q", start[:8])
         if 8 + num_header_bytes > len(start):
-            start += storage.read_range(path, len(start), 8 + num_header_bytes)
+            start += storage.read_range(path, len(start), 8 + num_header_bytes, retry)
         tensors = json.loads(start[8 : 8 + num_header_bytes])
         found = json.loads(tensors.pop("__metadata__")[METADATA_KEY])
         if found.pop("version") != FEATURE_VERSION:
             raise ValueError("another version")
         encoders = {modality: Encoder(**encoder) for modality, encoder in found.pop("encoders").items()}
         num_bytes = 8 + num_header_bytes + max(tensor["data_offsets"][1] for tensor in tensors.values())
-        if not storage.is_remote(path) and storage.local_copy(path).stat().st_size != num_bytes:
+        if not storage.is_remote(path) and Path(path.removeprefix("file://")).stat().st_size != num_bytes:
             raise ValueError("cut short")
         return FeatureFile(path=path, num_bytes=num_bytes, header=FeatureHeader(encoders=encoders, **found))
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
@@ -134,7 +138,9 @@ def read_feature_file(path: str) -> FeatureFile:
         ) from None
 
 
-def find_feature_files(paths: Sequence[str], *, refuse_damaged: bool = True) -> list[FeatureFile | None]:
+def find_feature_files(
+    paths: Sequence[str], retry: RetryConfig | None = None, *, refuse_damaged: bool = True
+) -> list[FeatureFile | None]:
     """The headers of the files at these paths; None where there is none.
 
     Raises:
@@ -143,7 +149,7 @@ def find_feature_files(paths: Sequence[str], *, refuse_damaged: bool = True) -> 
 
     def find(path: str) -> FeatureFile | None:
         try:
-            return read_feature_file(path)
+            return read_feature_file(path, retry)
         except FileNotFoundError:
             return None
         except UserError:
@@ -156,7 +162,12 @@ def find_feature_files(paths: Sequence[str], *, refuse_damaged: bool = True) -> 
 
 
 def open_features(
-    shards: Sequence[Shard], name: str, folder: str | None, encoders: dict[Modality, Encoder], set_name: str
+    shards: Sequence[Shard],
+    name: str,
+    folder: str | None,
+    encoders: dict[Modality, Encoder],
+    set_name: str,
+    retry: RetryConfig | None = None,
 ) -> list[FeatureFile]:
     """The feature files of a set, one a shard, in the order of the shards, each checked against its shard.
 
@@ -167,7 +178,7 @@ def open_features(
         UserError: one is missing, damaged or stale.
     """
     paths = [feature_path(shard, name, folder) for shard in shards]
-    found = find_feature_files(paths)
+    found = find_feature_files(paths, retry)
     absent = [path for path, file in zip(paths, found, strict=True) if file is None]
     if absent:
         raise UserError(
@@ -186,11 +197,20 @@ class FeatureReader:
     Args:
         files: one a shard, in the order in which the shards are numbered.
         modality: which of their tensors is read.
+        cache: where remote files are held.
         max_open_files: least recently used files are closed above this number.
     """
 
-    def __init__(self, files: Sequence[FeatureFile], modality: Modality, *, max_open_files: int = 128) -> None:
+    def __init__(
+        self,
+        files: Sequence[FeatureFile],
+        modality: Modality,
+        cache: NodeCache | None = None,
+        *,
+        max_open_files: int = 128,
+    ) -> None:
         self._files, self._modality, self._max_open_files = files, modality, max_open_files
+        self._cache = NodeCache() if cache is None else cache
         self._tensors: OrderedDict[int, dict[str, Any]] = OrderedDict()
 
     def read(self, shard: int, row: int) -> NDArray[np.float32]:
@@ -216,14 +236,17 @@ class FeatureReader:
         if shard in self._tensors:
             self._tensors.move_to_end(shard)
             return self._tensors[shard]
-        path = _local_copy(self._files[shard])
+        descriptor = _descriptor(self._files[shard], self._cache)
         names = [self._modality, OFFSETS] if self._modality == "text" else [self._modality]
         try:
-            # The slices keep the file mapped.
-            opened = safe_open(path, framework="numpy")
+            # The slices keep the file mapped, even where the cache removes it.
+            opened = safe_open(f"/proc/self/fd/{descriptor}", framework="numpy")
             tensors = {name: opened.get_slice(name) for name in names}  # type: ignore[no-untyped-call]
         except (SafetensorError, OSError) as error:  # a file without this tensor, too
-            raise UserError(f"{path} cannot be read ({error}): make it anew with launch/embed.py") from None
+            shown = storage.public_name(self._files[shard].path)
+            raise UserError(f"{shown} cannot be read ({error}): make it anew with launch/embed.py") from None
+        finally:
+            os.close(descriptor)
         self._tensors[shard] = tensors
         if len(self._tensors) > self._max_open_files:
             self._tensors.popitem(last=False)
@@ -261,17 +284,18 @@ class Features:
         return clip
 
 
-def _local_copy(file: FeatureFile) -> str:
-    """A local file with this content; one that was copied to the node before it was made anew is copied again."""
+def _descriptor(file: FeatureFile, cache: NodeCache) -> int:
+    """A descriptor of this content; what the node holds from before the file was made anew is fetched again."""
     shown = storage.public_name(file.path)
     for _ in range(2):
-        local = storage.local_copy(file.path, file.num_bytes)
         try:
-            if read_feature_file(str(local)).header == file.header:
-                return str(local)
+            descriptor = cache.open(file.path, num_bytes=file.num_bytes)
         except FileNotFoundError:
             raise UserError(f"{shown} is gone since the run began: make it anew with launch/embed.py") from None
+        if read_feature_file(f"/proc/self/fd/{descriptor}").header == file.header:
+            return descriptor
+        os.close(descriptor)
         if not storage.is_remote(file.path):
             break
-        local.unlink(missing_ok=True)
+        cache.forget(file.path)
     raise UserError(f"{shown} has another content than when the run began, or is cut short: start the run again")

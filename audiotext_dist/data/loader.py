@@ -12,8 +12,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from audiotext_dist import storage
+from audiotext_dist.data.cache import NodeCache, ReadCounts
 from audiotext_dist.data.decode import (
     BadSampleError,
     Clip,
@@ -32,8 +33,9 @@ from audiotext_dist.data.decode import (
 from audiotext_dist.data.features import Features
 from audiotext_dist.data.index import Shard
 from audiotext_dist.data.plan import Plan, Slot, evaluation_slots
+from audiotext_dist.data.prefetch import Prefetcher
 from audiotext_dist.data.sample import ClipMetadata
-from audiotext_dist.distributed import World
+from audiotext_dist.distributed import World, raise_together
 from audiotext_dist.errors import UserError
 
 Tokenize = Callable[[list[str]], torch.Tensor]
@@ -55,8 +57,9 @@ class Batch:
 
     waveform_BS int16, num_valid_samples_B int64, frames_BLHWC uint8 (L may be 0), frame_numbers_BL int64 (which
     of the clip's frames these are), mask_uniforms_B4 float32, tokens_BC int64 or None without a text tower; the
-    rest are plain lists of length B. Where features are read, frame_embeddings_BLD float32 has every frame of a
-    clip, and caption_embeddings_ND that of its drawn caption, at evaluation of all its captions, clip after clip.
+    rest are plain lists of length B, but for counts, which say what the process that made the batch has read since
+    the one before. Where features are read, frame_embeddings_BLD float32 has every frame of a clip, and
+    caption_embeddings_ND that of its drawn caption, at evaluation of all its captions, clip after clip.
     """
 
     keys: list[str]
@@ -69,6 +72,7 @@ class Batch:
     mask_uniforms_B4: torch.Tensor
     tokens_BC: torch.Tensor | None
     bad_samples: list[BadSample]
+    counts: ReadCounts = field(default_factory=ReadCounts)
     frame_embeddings_BLD: torch.Tensor | None = None
     caption_embeddings_ND: torch.Tensor | None = None
 
@@ -114,12 +118,16 @@ class TrainingBatches(Dataset[Batch]):
         world: World,
         tokenize: Tokenize | None,
         features: Features = NO_FEATURES,
+        cache: NodeCache | None = None,
     ) -> None:
         self._features = features
         self._shards = [shard for shards in sets for shard in shards]
-        self._reader = ShardReader(self._shards)
-        self._plan_of = lru_cache(maxsize=3)(plan_of)  # the first epoch's, the last one's, this one's
+        cache = NodeCache() if cache is None else cache
+        self._reader = ShardReader(self._shards, cache)
+        self._plan_of = lru_cache(maxsize=4)(plan_of)  # the first epoch's, the last one's, this one's, the next one's
         self._decode, self._seed, self._world, self._tokenize = decode, seed, world, tokenize
+        ahead = partial(_shards_ahead, self._plan_of, world)
+        self._prefetcher = Prefetcher(cache, self._shards, ahead, max_bytes=cache.max_bytes // world.local_size)
 
     def __getitem__(self, step: int) -> Batch:
         """The batch; every slot is filled.
@@ -127,13 +135,18 @@ class TrainingBatches(Dataset[Batch]):
         Raises:
             UserError: so many samples in a row cannot be decoded that the set must be broken.
         """
+        self._reader.close_removed()
+        self._prefetcher.advance(step)
         epoch, number = divmod(step, self._plan_of(0).num_batches)
         bad_samples: list[BadSample] = []
         clips = [
             self._decode_or_replace(epoch, number, place, slot, bad_samples)
             for place, slot in enumerate(self._own_slots(epoch, number))
         ]
-        return collate(clips, bad_samples, self._tokenize)
+        batch = collate(clips, bad_samples, self._tokenize)
+        batch.counts = self._reader.take_counts()
+        batch.counts += self._prefetcher.take_counts()
+        return batch
 
     def _own_slots(self, epoch: int, number: int) -> list[Slot]:
         plan = self._plan_of(epoch)
@@ -173,13 +186,17 @@ class EvaluationBatches(Dataset[Batch]):
         world: World,
         batch_size: int,
         features: Features = NO_FEATURES,
+        cache: NodeCache | None = None,
     ) -> None:
         assert not decode.random, "evaluation takes fixed crops and frames"
         self._shards, self._features = shards, features
-        self._reader = ShardReader(shards)
+        cache = NodeCache() if cache is None else cache
+        self._reader = ShardReader(shards, cache)
         self._decode = decode
         slots = evaluation_slots([shard.index.num_samples for shard in shards], rank=world.rank, world_size=world.size)
         self._batches = [slots[start : start + batch_size] for start in range(0, len(slots), batch_size)]
+        ahead = partial(_shards_of, self._batches)
+        self._prefetcher = Prefetcher(cache, shards, ahead, max_bytes=cache.max_bytes // world.local_size)
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -190,6 +207,8 @@ class EvaluationBatches(Dataset[Batch]):
         Raises:
             UserError: a clip cannot be decoded; a silently smaller test set would not compare.
         """
+        self._reader.close_removed()
+        self._prefetcher.advance(number)
         return collate([self._decode_slot(slot) for slot in self._batches[number]], [], None)
 
     def _decode_slot(self, slot: Slot) -> Clip:
@@ -202,6 +221,17 @@ class EvaluationBatches(Dataset[Batch]):
             raise UserError(
                 f"clip {key} of {storage.public_name(shard.path)} cannot be evaluated ({error}): rebuild that shard"
             ) from None
+
+
+def _shards_ahead(plan_of: Callable[[int], Plan], world: World, step: int) -> Iterator[int]:
+    """The shards that a rank needs from a step of the run on, until the next epoch's end."""
+    epoch, number = divmod(step, plan_of(0).num_batches)
+    for each, first in ((epoch, number), (epoch + 1, 0)):
+        yield from plan_of(each).shards_ahead(first, rank=world.rank, world_size=world.size)
+
+
+def _shards_of(batches: Sequence[Sequence[Slot]], number: int) -> Iterator[int]:
+    return (slot.shard for batch in batches[number:] for slot in batch)
 
 
 def collate(clips: Sequence[Clip], bad_samples: list[BadSample], tokenize: Tokenize | None) -> Batch:
@@ -228,6 +258,24 @@ def _joined(
 ) -> torch.Tensor | None:
     found = [part for part in parts if part is not None]
     return torch.from_numpy(join(found)) if found else None
+
+
+def in_step(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches; a rank that cannot have its next one ends the others as well, instead of leaving them to wait.
+
+    Raises:
+        UserError: on every rank, what one of them has met.
+    """
+    while True:
+        batch, error = None, None
+        try:
+            batch = next(batches, None)
+        except UserError as met:
+            error = met
+        raise_together(error)
+        if batch is None:
+            return
+        yield batch
 
 
 class _ErrorsAsItems(Dataset[Batch | UserError]):

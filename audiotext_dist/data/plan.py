@@ -15,7 +15,7 @@ keyed by (seed, epoch, ...), so any batch is found without those before it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -122,6 +122,23 @@ class Plan:
             for lane in range(rank * lanes, (rank + 1) * lanes)
             for step in range(self._lane_batch)
         ]
+
+    def shards_ahead(self, number: int, *, rank: int, world_size: int) -> Iterator[int]:
+        """The shards that this rank's lanes read from a global batch on, in the order in which they are needed.
+
+        A window's shards are needed together, so these go first for every lane, then the next window's.
+        """
+        lanes = self._num_lanes // world_size
+        starts = [lane * self._lane_length for lane in range(rank * lanes, (rank + 1) * lanes)]
+        entries = []  # of each lane: the first entry of its present window, and its last entry
+        for start in starts:
+            first, here = self._entry_at(start), self._entry_at(start + number * self._lane_batch)
+            last = self._entry_at(start + self._lane_length - 1)
+            entries.append((here - (here - first) % self._window_shards, last))
+        while entries:
+            for window, last in entries:
+                yield from map(int, self._shards[window : min(window + self._window_shards, last + 1)])
+            entries = [(w + self._window_shards, last) for w, last in entries if w + self._window_shards <= last]
 
     def _stream_entries(
         self, set_sizes: Sequence[Sequence[int]], set_weights: Sequence[float]

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from audiotext_dist import storage
+from audiotext_dist.data.cache import NodeCache, default_folder
 from audiotext_dist.data.decode import DecodeConfig, FrameChoice, ShardReader
 from audiotext_dist.data.index import Shard, load_shards
 from audiotext_dist.data.plan import Plan, check_lanes, default_num_lanes
 from audiotext_dist.data.sample import AUDIO_MEMBER, METADATA_MEMBER, ClipMetadata, frame_member
+from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError, require_positive
+from audiotext_dist.retry import RetryConfig
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +45,9 @@ class DataConfig:
     """Which clips are read, and how.
 
     frame_features, caption_features: NAME of what launch/embed.py features=NAME wrote; the frozen image or text tower
-    then says nothing itself, and no JPEG is opened.
+    then says nothing itself, and no JPEG is opened. cache_dir, cache_bytes: where a node holds remote shards, and how
+    much of them. fetch_retries, fetch_stall_seconds: attempts after the first at what a server refuses, and how long
+    one may send nothing.
     """
 
     train: dict[str, SetConfig] = field(default_factory=dict)
@@ -53,16 +61,30 @@ class DataConfig:
     window_shards: int = 4
     num_workers: int = 2  # DataLoader workers a rank
     max_bad_share: float = 0.01  # of the samples read so far; above it the run stops
+    cache_dir: str = field(default_factory=default_folder)
+    cache_bytes: int = NodeCache.max_bytes
+    fetch_retries: int = RetryConfig.retries
+    fetch_stall_seconds: float = RetryConfig.stall_seconds
 
     def __post_init__(self) -> None:
         for name, chosen in {**self.train, **self.validation}.items():
             if not 0 < chosen.weight < math.inf:
                 raise UserError(f"data set '{name}' has weight {chosen.weight}: give one above 0, or leave the set out")
         require_positive(self, "data", "sample_rate_hz", "clip_seconds", "num_frames", "num_lanes", "window_shards")
+        require_positive(self, "data", "cache_bytes", "fetch_stall_seconds")
+        if storage.is_remote(self.cache_dir):
+            raise UserError(f"data.cache_dir={storage.public_name(self.cache_dir)} is remote: give a local folder")
+        if self.fetch_retries < 0:
+            raise UserError(f"data.fetch_retries={self.fetch_retries} must be 0 or more")
         if not 0 <= self.max_bad_share <= 1:
             raise UserError(f"data.max_bad_share={self.max_bad_share} must lie in [0, 1]")
         if self.num_workers < 0:
             raise UserError(f"data.num_workers={self.num_workers} must be 0 or more")
+
+    def node_cache(self) -> NodeCache:
+        """The cache's part of this configuration."""
+        retry = RetryConfig(retries=self.fetch_retries, stall_seconds=self.fetch_stall_seconds)
+        return NodeCache(folder=self.cache_dir, max_bytes=self.cache_bytes, retry=retry)
 
     def decode_config(
         self, *, audio: bool = True, frames: FrameChoice, frame_pixels: int, random: bool
@@ -89,7 +111,7 @@ def open_sets(sets: dict[str, SetConfig], config: DataConfig, *, frames: bool, c
     opened = []
     for name, chosen in sets.items():
         try:
-            shards = load_shards(chosen.shards)
+            shards = load_shards(chosen.shards, config.node_cache())
         except UserError as error:
             raise UserError(f"data set '{name}': {error}") from None
         shards = [shard for shard in shards if shard.index.num_samples]
@@ -109,7 +131,9 @@ def _check_first_clip(name: str, shards: list[Shard], config: DataConfig, *, fra
             f"data set '{name}' has no {', '.join(missing)} in its first clip: "
             "build it with as many frames as data.num_frames, or choose another task"
         )
-    metadata = ClipMetadata.from_json(ShardReader(shards[:1]).read(0, 0, METADATA_MEMBER), index.keys[0])
+    metadata = ClipMetadata.from_json(
+        ShardReader(shards[:1], config.node_cache()).read(0, 0, METADATA_MEMBER), index.keys[0]
+    )
     if metadata.sample_rate not in (0, config.sample_rate_hz):
         raise UserError(
             f"data set '{name}' was built at {metadata.sample_rate} Hz: set data.sample_rate_hz to that, "
@@ -117,6 +141,27 @@ def _check_first_clip(name: str, shards: list[Shard], config: DataConfig, *, fra
         )
     if captions and not metadata.text:
         raise UserError(f"data set '{name}' has no captions, and this task needs them: choose another set or task")
+
+
+def warn_of_small_cache(
+    sets: Sequence[Sequence[Shard]], config: DataConfig, *, global_batch_size: int, world: World
+) -> None:
+    """Say so where the shards that this node reads at once are more than its cache holds."""
+    remote = [shard.index.shard_bytes for shards in sets for shard in shards if storage.is_remote(shard.path)]
+    if not remote:
+        return
+    lanes = (config.num_lanes or default_num_lanes(global_batch_size)) * world.local_size / world.size
+    at_once_bytes = int(min(lanes * config.window_shards, len(remote)) * sum(remote) / len(remote))
+    if at_once_bytes > config.cache_bytes:
+        _log.warning(
+            "data.cache_bytes=%d is less than the %d bytes of remote shards that this node reads at once "
+            "(%d lanes of %d shards), so shards are fetched again and again: raise it to twice that, or lower "
+            "data.window_shards or data.num_lanes",
+            config.cache_bytes,
+            at_once_bytes,
+            lanes,
+            config.window_shards,
+        )
 
 
 def make_plan(

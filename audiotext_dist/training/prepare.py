@@ -16,7 +16,7 @@ from audiotext_dist.data.encoders import Encoder, Modality, encoder_of
 from audiotext_dist.data.features import FeatureReader, Features, open_features
 from audiotext_dist.data.index import Shard
 from audiotext_dist.data.plan import Plan
-from audiotext_dist.data.sets import SetConfig, make_plan, open_sets
+from audiotext_dist.data.sets import SetConfig, make_plan, open_sets, warn_of_small_cache
 from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError
 from audiotext_dist.evaluation.retrieval import check_relevance
@@ -101,6 +101,8 @@ def prepare(recipe: Recipe, world: World) -> Prepared:
         },
     )
     prepared.plan(epoch=0)
+    if world.local_rank == 0:
+        warn_of_small_cache(train_sets, recipe.data, global_batch_size=recipe.training.global_batch_size, world=world)
     return prepared
 
 
@@ -140,15 +142,19 @@ def features_of(
         UserError: a file is missing, damaged or stale.
     """
 
+    cache = recipe.data.node_cache()
+
     def reader(name: str | None, modality: Modality) -> FeatureReader | None:
         if name is None:
             return None
         files = [
             file
             for (set_name, chosen), shards in zip(sets.items(), opened, strict=True)
-            for file in open_features(shards, name, chosen.features, {modality: encoders[modality]}, set_name)
+            for file in open_features(
+                shards, name, chosen.features, {modality: encoders[modality]}, set_name, cache.retry
+            )
         ]
-        return FeatureReader(files, modality)
+        return FeatureReader(files, modality, cache)
 
     return Features(
         frames=reader(recipe.data.frame_features, "image"), captions=reader(recipe.data.caption_features, "text")

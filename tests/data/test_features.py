@@ -319,15 +319,15 @@ def test_features_of_a_recipe_that_names_them_are_made_from_the_pictures(shards,
 def test_remote_features_are_copied_to_the_node_and_anew_when_they_changed(
     embedded_set, tmp_path, run_embed, monkeypatch
 ):
-    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AUDIOTEXT_CACHE_DIR", str(tmp_path / "cache"))
     with server() as endpoint:
         use(monkeypatch, endpoint)
-        fsspec.filesystem("s3").mkdir("bucket")
+        fsspec.filesystem("s3").mkdir("features")
         for seed in (0, 1):
             job = [*PICTURES, f"shards={embedded_set}", f"training.seed={seed}"]
-            run_embed(*job, "features=own", "out=s3://bucket/set", "overwrite=true")
+            run_embed(*job, "features=own", "out=s3://features/set", "overwrite=true")
             run_embed(*job, f"features=seed{seed}", f"out={tmp_path / 'local'}")
-            remote = reader_of(str(embedded_set), "image", "own", "s3://bucket/set")
+            remote = reader_of(str(embedded_set), "image", "own", "s3://features/set")
             local = reader_of(str(embedded_set), "image", f"seed{seed}", str(tmp_path / "local"))
             for shard in range(3):
                 np.testing.assert_array_equal(remote.read(shard, 5), local.read(shard, 5))
