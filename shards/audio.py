@@ -161,10 +161,14 @@ def _is_cut_ogg(path: Path) -> bool:
 
 
 def _packets_end_before(path: Path, num_samples: int) -> bool:
+    """True if whole packets, none damaged (those have no time), make up less sound."""
     with opened(path) as container:
         stream = container.streams.audio[0]
-        ends = (packet.pts + (packet.duration or 0) for packet in container.demux(stream) if packet.pts is not None)
-        return bool(max(ends, default=0) * stream.time_base * stream.rate < num_samples)
+        packets = [packet for packet in container.demux(stream) if packet.size]
+        if any(packet.pts is None for packet in packets):
+            return False
+        end = max((packet.pts + (packet.duration or 0) for packet in packets), default=0)
+        return bool(end * stream.time_base * stream.rate < num_samples)
 
 
 def _read_with_pyav(path: Path, start_seconds: float, end_seconds: float | None) -> tuple[NDArray[np.float32], int]:
