@@ -85,6 +85,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.data.train:
             raise UserError("no training data: give data.train.NAME.shards=FOLDER")
+        self._check_features()
         if self.optim.name == "lars" and self.engine.zero_stage > 0:
             raise UserError(
                 f"optim.name=lars cannot run with engine.zero_stage={self.engine.zero_stage}, whose flat tensors "
@@ -124,6 +125,19 @@ class Recipe:
         """Parts of a rank's share of the batch that go through the towers one after another."""
         share = self.training.global_batch_size // world_size
         return share // min(share, self.training.micro_batch_size or share)
+
+    def _check_features(self) -> None:
+        for key, modality in (("frame_features", "image"), ("caption_features", "text")):
+            name = getattr(self.data, key)
+            if name is None:
+                continue
+            if modality not in self.task:
+                raise UserError(f"data.{key}={name} says nothing to task={self.task}: set it to null")
+            if not getattr(self.model, modality).frozen:
+                raise UserError(
+                    f"data.{key}={name} is what the {modality} tower said before, and model.{modality}.frozen=false "
+                    f"trains it: set data.{key}=null, or freeze the tower"
+                )
 
     def check_world(self, world_size: int) -> None:
         """Raise ``UserError`` unless the batch can be shared by so many processes."""
