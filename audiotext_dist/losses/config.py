@@ -33,7 +33,7 @@ class LossConfig:
     teacher_weight: float = 0.0
     teacher_temperature: float = 0.05
     direction: Literal["both", "first_to_second", "second_to_first"] = "both"
-    tile_bytes: int = 1 << 26
+    tile_bytes: int = 1 << 28
 
     def __post_init__(self) -> None:
         require_positive(self, "loss", "teacher_temperature", "tile_bytes")

@@ -88,8 +88,7 @@ class _Walk:
         num_found = self._one_N.new_zeros(())
         for tile, (s_cN, free_cN) in self._tiles(2):
             self._block.scores(tile, s_cN)
-            own_c = self._targets.own_pairs(s_cN, tile).clone()
-            num_found += (own_c >= s_cN.amax(dim=1)).sum()
+            num_found += (self._targets.own_pairs(s_cN, tile) >= s_cN.amax(dim=1)).sum()
             for softmax in self._softmaxes_of(tile, s_cN):
                 softmax.add(tile, s_cN, free_cN)
             if self._teachers is not None:

@@ -103,6 +103,7 @@ class Engine:
         num_micro_batches: int = 1,
         gradient_clipping: float | None,
     ) -> None:
+        self.num_micro_batches = num_micro_batches
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,

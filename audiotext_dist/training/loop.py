@@ -96,7 +96,7 @@ class _Run:
 
     def to_the_end(self) -> list[RetrievalResult]:
         """Every step that is left, then the last checkpoint and evaluation."""
-        recipe = self._recipe
+        recipe, model = self._recipe, self._prepared.model
         with tqdm(
             total=self._last_step,
             initial=self._step,
@@ -114,15 +114,7 @@ class _Run:
                     final_share=recipe.optim.final_lr_share,
                 )
                 set_learning_rates(self._engine.param_groups, share)
-                result = train_step(
-                    self._engine,
-                    self._prepared.model,
-                    batch,
-                    self._step,
-                    loss=recipe.loss,
-                    matmul_dtype=recipe.training.autocast_dtype,
-                    num_micro_batches=recipe.num_micro_batches(self._world.size),
-                )
+                result = train_step(self._engine, model, batch, self._step, recipe.loss, recipe.training.autocast_dtype)
                 self._step += 1
                 self._count_bad_samples(batch)
                 if self._step % recipe.tracker.every_steps == 0 or self._step == self._last_step:

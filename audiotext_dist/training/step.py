@@ -49,10 +49,8 @@ def train_step(
     model: DualEncoder,
     batch: Batch,
     step: int,
-    *,
     loss: LossConfig,
     matmul_dtype: torch.dtype | None = None,
-    num_micro_batches: int = 1,
     teachers: Teachers | None = None,
 ) -> StepResult:
     """Forward, backward and update.
@@ -68,13 +66,12 @@ def train_step(
             a_nD, b_nD, scale, loss, bias=bias, recording_n=recording_n, teachers=teachers, matmul_dtype=matmul_dtype
         )
 
-    return update(engine, model, model_inputs(batch), loss_of, num_micro_batches=num_micro_batches, step=step)
+    return update(engine, model, model_inputs(batch), loss_of, step)
 
 
-def update(
-    engine: Engine, model: DualEncoder, inputs: ModelInputs, loss_of: LossOf, *, num_micro_batches: int, step: int
-) -> StepResult:
+def update(engine: Engine, model: DualEncoder, inputs: ModelInputs, loss_of: LossOf, step: int) -> StepResult:
     """The step itself, on what the towers read and for any loss of their two sides."""
+    num_micro_batches = engine.num_micro_batches
     if num_micro_batches == 1:
         a_nD, b_nD = engine(inputs)
         output = loss_of(a_nD, b_nD, model.scale(), model.logit_bias)

@@ -79,7 +79,7 @@ def ranks_of_group(config: LossConfig, own: slice, group, num_micro_batches: int
 
     engine = AveragingEngine(model, num_micro_batches, group)
     inputs = ModelInputs(waveform_NS=rows(1)[own], tokens_NC=rows(2)[own])
-    step.update(engine, model, inputs, loss_of, num_micro_batches=num_micro_batches, step=0)
+    step.update(engine, model, inputs, loss_of, 0)
     dist.all_reduce(losses[0], group=group)
     return losses[0] / dist.get_world_size(group), gradients(model)
 

@@ -36,7 +36,8 @@ class AveragingEngine:
     """Gradients on this rank add up until the step's last micro-batch, whose step averages them over a group."""
 
     def __init__(self, model: nn.Module, num_micro_batches: int = 1, group=None) -> None:
-        self.model, self.left, self.group = model, num_micro_batches, group
+        self.model, self.group = model, group
+        self.num_micro_batches = self.left = num_micro_batches
 
     def __call__(self, inputs):
         return self.model(inputs)
