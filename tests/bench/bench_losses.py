@@ -120,7 +120,7 @@ def expected_bytes(method: str, num_own: int, num_all: int) -> float:
         case "chunks":
             return 12 * CHUNK_ROWS * num_all + 12 * DIM * num_all
         case "open_clip":
-            return 16.0 * num_own * num_all * 2
+            return 16.0 * num_own * num_all
         case _:
             return 16.0 * num_all**2
 
