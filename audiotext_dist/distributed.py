@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -74,12 +75,13 @@ def min_and_max_over_ranks(value: float, device: torch.device) -> tuple[float, f
     return -float(both[0]), float(both[1])
 
 
-def sum_over_ranks(value: int, device: torch.device) -> int:
-    """The sum over ranks of a count."""
-    total = torch.tensor([value], dtype=torch.int64, device=device)
+def sums_over_ranks(values: Sequence[int], device: torch.device) -> list[int]:
+    """The sum over ranks of each of some counts."""
+    totals = torch.tensor(values, dtype=torch.int64, device=device)
     if is_parallel():
-        dist.all_reduce(total)
-    return int(total.item())
+        dist.all_reduce(totals)
+    sums: list[int] = totals.tolist()
+    return sums
 
 
 def from_main(item: Item | None) -> Item:

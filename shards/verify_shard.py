@@ -12,7 +12,8 @@ from pathlib import Path
 import soundfile
 
 from audiotext_dist import storage
-from audiotext_dist.data.decode import BadSampleError, DecodeConfig, ShardReader, decode_clip
+from audiotext_dist.data.bad_samples import BadSampleError
+from audiotext_dist.data.decode import DecodeConfig, ShardReader, decode_clip, decode_metadata
 from audiotext_dist.data.index import Shard, ShardIndex, index_path, scan_tar
 from audiotext_dist.data.plan import Slot
 from audiotext_dist.data.sample import AUDIO_MEMBER, METADATA_MEMBER, ClipMetadata, frame_member
@@ -110,10 +111,7 @@ def _check_clip(facts: ShardFacts, reader: ShardReader, index: ShardIndex, row: 
         BadSampleError: what training would say of this clip.
     """
     key = index.keys[row]
-    try:
-        metadata = ClipMetadata.from_json(reader.read(0, row, METADATA_MEMBER), key)
-    except (ValueError, TypeError) as error:
-        raise BadSampleError(f"json does not decode ({error})") from None
+    metadata = decode_metadata(reader.read(0, row, METADATA_MEMBER), key)
     facts.num_captions += len(metadata.text)
     if not metadata.text:
         facts.add("no_captions", "text is empty", key)

@@ -7,6 +7,7 @@ the same on any number of ranks and workers.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import zlib
@@ -22,16 +23,17 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from audiotext_dist import storage
+from audiotext_dist.data.bad_samples import BadSampleError
 from audiotext_dist.data.index import Shard
 from audiotext_dist.data.plan import Slot
 from audiotext_dist.data.sample import AUDIO_MEMBER, METADATA_MEMBER, ClipMetadata, frame_member
 from audiotext_dist.errors import UserError
 
 FrameChoice = Literal["none", "random", "middle", "all"]
-
-
-class BadSampleError(Exception):
-    """A sample that cannot be used; the message is its reason."""
+Verify = Literal["size", "sha256"]
+# What may stand in a tar by mistake or malice; a picture of this size fills 150 MB.
+MAX_PICTURE_PIXELS = 50_000_000
+MAX_MEMBER_BYTES = 1 << 28
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,8 @@ class DecodeConfig:
 
     clip_seconds: longer clips are cropped (at random in training, else from the start), shorter ones
     padded with zeros at the end. audio: false leaves the sound undecoded, for tasks without it. frames:
-    which of a clip's frames are decoded.
+    which of a clip's frames are decoded. max_audio_seconds: a longer sound is a bad sample. verify: see
+    ``ShardReader``.
     """
 
     sample_rate_hz: int
@@ -50,6 +53,8 @@ class DecodeConfig:
     num_frames: int
     frame_pixels: int
     random: bool
+    max_audio_seconds: float = 3600.0
+    verify: Verify = "size"
 
     @property
     def clip_samples(self) -> int:
@@ -79,11 +84,14 @@ class ShardReader:
     """Reads members of shards by ``pread``; opens lazily, so it may cross into worker processes.
 
     Args:
+        verify: what is checked of a shard when it is first opened: its size, or all of its bytes. Each member's
+            own checksum is checked whenever it is read.
         max_open_files: least recently used shards are closed above this number.
     """
 
-    def __init__(self, shards: Sequence[Shard], *, max_open_files: int = 128) -> None:
+    def __init__(self, shards: Sequence[Shard], *, verify: Verify = "size", max_open_files: int = 128) -> None:
         self._shards = shards
+        self._verify, self._verified = verify, set[int]()
         self._max_open_files = max_open_files
         self._descriptors: OrderedDict[int, int] = OrderedDict()
 
@@ -91,16 +99,21 @@ class ShardReader:
         """The bytes of one member.
 
         Raises:
-            BadSampleError: the row has no such member.
+            BadSampleError: the row has no such member, or not the bytes that the index was made of.
             UserError: the shard is not the one its index describes.
         """
-        span = self._shards[shard].index.span(row, member)
+        index = self._shards[shard].index
+        span = index.span(row, member)
         if span is None:
-            raise BadSampleError(f"no {member}")
+            raise BadSampleError(f"it has no {member}", "missing_member")
         offset, num_bytes = span
+        if num_bytes > MAX_MEMBER_BYTES:
+            raise BadSampleError(f"{member} has {num_bytes} bytes, more than {MAX_MEMBER_BYTES}", "too_large")
         content = os.pread(self._descriptor(shard), num_bytes, offset)
         if len(content) != num_bytes:
-            raise BadSampleError(f"{member} is cut short")
+            raise BadSampleError(f"{member} is cut short", "cut_short")
+        if zlib.crc32(content) != index.crc32(row, member):
+            raise BadSampleError(f"{member} has changed since its shard was indexed", "wrong_checksum")
         return content
 
     def _descriptor(self, shard: int) -> int:
@@ -116,10 +129,24 @@ class ShardReader:
                 f"{storage.public_name(path)} has {found_bytes} bytes where its index says {index.shard_bytes}: "
                 "build or copy the shard again"
             )
+        if self._verify == "sha256" and shard not in self._verified:
+            self._check_all_bytes(descriptor, self._shards[shard])
+            self._verified.add(shard)
         self._descriptors[shard] = descriptor
         if len(self._descriptors) > self._max_open_files:
             os.close(self._descriptors.popitem(last=False)[1])
         return descriptor
+
+    @staticmethod
+    def _check_all_bytes(descriptor: int, shard: Shard) -> None:
+        with open(descriptor, "rb", closefd=False) as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != shard.index.sha256:
+            os.close(descriptor)
+            raise UserError(
+                f"{storage.public_name(shard.path)} has changed since its index was made (SHA-256): "
+                "build or copy the shard again"
+            )
 
     def close(self) -> None:
         """Close the shards' files; the next read opens them again."""
@@ -147,7 +174,7 @@ def decode_clip(reader: ShardReader, key: str, slot: Slot, config: DecodeConfig,
         BadSampleError: anything wrong with this one sample.
     """
     shard, row = slot.shard, slot.row
-    metadata = _decode_metadata(reader.read(shard, row, METADATA_MEMBER), key)
+    metadata = decode_metadata(reader.read(shard, row, METADATA_MEMBER), key)
     random = clip_random(seed, epoch, slot.copy, metadata.dataset, key)
     crop_uniform, frame_uniform, caption_uniform = random.random(3)
     waveform, num_valid_samples = np.zeros(0, np.int16), 0
@@ -178,11 +205,16 @@ def chosen_frames(config: DecodeConfig, frame_uniform: float) -> list[int]:
             return list(range(config.num_frames))
 
 
-def _decode_metadata(content: bytes, key: str) -> ClipMetadata:
+def decode_metadata(content: bytes, key: str) -> ClipMetadata:
+    """A clip's JSON.
+
+    Raises:
+        BadSampleError: it is none.
+    """
     try:
         return ClipMetadata.from_json(content, key)
     except (ValueError, TypeError) as error:
-        raise BadSampleError(f"json does not decode ({error})") from None
+        raise BadSampleError(f"json does not decode ({error})", "broken_json") from None
 
 
 def _decode_audio(flac: bytes, config: DecodeConfig, crop_uniform: float) -> tuple[NDArray[np.int16], int]:
@@ -190,18 +222,25 @@ def _decode_audio(flac: bytes, config: DecodeConfig, crop_uniform: float) -> tup
     try:
         with soundfile.SoundFile(io.BytesIO(flac)) as file:
             if file.samplerate != config.sample_rate_hz:
-                raise BadSampleError(f"audio has {file.samplerate} Hz, not {config.sample_rate_hz}")
-            # Only the crop is decoded: a three-hour file in a ten-second set costs ten seconds.
+                raise BadSampleError(f"audio has {file.samplerate} Hz, not {config.sample_rate_hz}", "sample_rate")
+            if file.frames > config.max_audio_seconds * config.sample_rate_hz:
+                hours = file.frames / config.sample_rate_hz / 3600
+                raise BadSampleError(f"audio says that it lasts {hours:.3g} hours", "too_large")
+            # Only the crop is decoded: half an hour in a ten-second set costs ten seconds.
             surplus = max(file.frames - config.clip_samples, 0)
-            file.seek(int(crop_uniform * (surplus + 1)))
-            found = file.read(config.clip_samples, dtype="int16", always_2d=True)[:, 0]
+            if start := int(crop_uniform * (surplus + 1)):
+                file.seek(start)
+            num_expected = file.frames - surplus
+            found = file.read(num_expected, dtype="int16", always_2d=True)[:, 0]
     except soundfile.LibsndfileError as error:
-        raise BadSampleError(f"audio does not decode ({error})") from None
-    if not len(found):
-        raise BadSampleError("audio is empty")
+        raise BadSampleError(f"audio does not decode ({error})", "broken_audio") from None
+    if len(found) != num_expected or not num_expected:
+        raise BadSampleError(f"audio ends after {len(found)} of {num_expected} samples", "broken_audio")
+    if num_expected == config.clip_samples:
+        return found, num_expected
     waveform = np.zeros(config.clip_samples, np.int16)
-    waveform[: len(found)] = found
-    return waveform, len(found)
+    waveform[:num_expected] = found
+    return waveform, num_expected
 
 
 def _decode_frames(
@@ -221,13 +260,15 @@ def square_frame(jpeg: bytes, pixels: int) -> NDArray[np.uint8]:
     A frame stored at this size already, the case to build shards for, is only decoded.
 
     Raises:
-        BadSampleError: the JPEG does not decode.
+        BadSampleError: the JPEG does not decode, or says that it is enormous.
     """
     try:
+        height, width, *_ = simplejpeg.decode_jpeg_header(jpeg)
+        if height * width > MAX_PICTURE_PIXELS:
+            raise BadSampleError(f"jpg says that it has {width} x {height} pixels", "too_large")
         image: NDArray[np.uint8] = simplejpeg.decode_jpeg(jpeg, colorspace="RGB")
     except ValueError as error:
-        raise BadSampleError(f"jpg does not decode ({error})") from None
-    height, width = image.shape[:2]
+        raise BadSampleError(f"jpg does not decode ({error})", "broken_frame") from None
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     image = image[top : top + side, left : left + side]

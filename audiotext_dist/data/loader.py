@@ -12,20 +12,14 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from audiotext_dist import storage
-from audiotext_dist.data.decode import (
-    BadSampleError,
-    Clip,
-    DecodeConfig,
-    ShardReader,
-    decode_clip,
-)
+from audiotext_dist.data.bad_samples import BadSample, BadSampleError
+from audiotext_dist.data.decode import Clip, DecodeConfig, ShardReader, decode_clip
 from audiotext_dist.data.index import Shard
 from audiotext_dist.data.plan import Plan, Slot, evaluation_slots
 from audiotext_dist.data.sample import ClipMetadata
@@ -34,14 +28,6 @@ from audiotext_dist.errors import UserError
 
 Tokenize = Callable[[list[str]], torch.Tensor]
 MAX_REPLACEMENTS = 64
-
-
-class BadSample(NamedTuple):
-    """A sample that was passed over, for the log."""
-
-    shard: str
-    key: str
-    reason: str
 
 
 @dataclass(kw_only=True)
@@ -96,8 +82,9 @@ class TrainingBatches(Dataset[Batch]):
         tokenize: Tokenize | None,
     ) -> None:
         self._shards = [shard for shards in sets for shard in shards]
-        self._reader = ShardReader(self._shards)
-        self._plan_of = lru_cache(maxsize=3)(plan_of)  # the first epoch's, the last one's, this one's
+        self._reader = ShardReader(self._shards, verify=decode.verify)
+        self._plan_of = lru_cache(maxsize=2)(plan_of)  # this epoch's, and that of the batches read ahead
+        self._num_batches = plan_of(0).num_batches
         self._decode, self._seed, self._world, self._tokenize = decode, seed, world, tokenize
 
     def __getitem__(self, step: int) -> Batch:
@@ -106,31 +93,31 @@ class TrainingBatches(Dataset[Batch]):
         Raises:
             UserError: so many samples in a row cannot be decoded that the set must be broken.
         """
-        epoch, number = divmod(step, self._plan_of(0).num_batches)
         bad_samples: list[BadSample] = []
         clips = [
-            self._decode_or_replace(epoch, number, place, slot, bad_samples)
-            for place, slot in enumerate(self._own_slots(epoch, number))
+            self._decode_or_replace(step, place, slot, bad_samples) for place, slot in enumerate(self._own_slots(step))
         ]
         return collate(clips, bad_samples, self._tokenize)
 
-    def _own_slots(self, epoch: int, number: int) -> list[Slot]:
-        plan = self._plan_of(epoch)
-        return plan.batch(number % plan.num_batches, rank=self._world.rank, world_size=self._world.size)
+    def _own_slots(self, step: int) -> list[Slot]:
+        epoch, number = divmod(step, self._num_batches)
+        return self._plan_of(epoch).batch(number, rank=self._world.rank, world_size=self._world.size)
 
-    def _decode_or_replace(self, epoch: int, number: int, place: int, slot: Slot, bad_samples: list[BadSample]) -> Clip:
-        for step in range(1, MAX_REPLACEMENTS + 1):
+    def _decode_or_replace(self, step: int, place: int, slot: Slot, bad_samples: list[BadSample]) -> Clip:
+        epoch = step // self._num_batches
+        for ahead in range(1, MAX_REPLACEMENTS + 1):
             shard = self._shards[slot.shard]
             key = shard.index.keys[slot.row]
             try:
                 clip = decode_clip(self._reader, key, slot, self._decode, seed=self._seed, epoch=epoch)
                 if self._tokenize is not None and clip.caption_number < 0:
-                    raise BadSampleError("no caption")
+                    raise BadSampleError("it has no caption", "no_caption")
                 return clip
             except BadSampleError as error:
-                bad_samples.append(BadSample(storage.public_name(shard.path), key, str(error)))
-            # The same place of the next batch: its lane's next sample, whatever the number of ranks.
-            slot = self._own_slots(epoch, number + step)[place]
+                bad_samples.append(BadSample(storage.public_name(shard.path), key, error.kind, str(error)))
+            # The same place of the next batch, be it the next epoch's: of its own lane, so that the number of
+            # ranks does not matter.
+            slot = self._own_slots(step + ahead)[place]
         raise UserError(
             f"{MAX_REPLACEMENTS} samples in a row cannot be used, the last {bad_samples[-1].key} of "
             f"{bad_samples[-1].shard} ({bad_samples[-1].reason}): rebuild the shards of this set"
@@ -150,7 +137,7 @@ class EvaluationBatches(Dataset[Batch]):
     ) -> None:
         assert not decode.random, "evaluation takes fixed crops and frames"
         self._shards = shards
-        self._reader = ShardReader(shards)
+        self._reader = ShardReader(shards, verify=decode.verify)
         self._decode = decode
         slots = evaluation_slots([shard.index.num_samples for shard in shards], rank=world.rank, world_size=world.size)
         self._batches = [slots[start : start + batch_size] for start in range(0, len(slots), batch_size)]

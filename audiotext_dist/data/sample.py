@@ -99,13 +99,17 @@ class ClipMetadata:
         Raises:
             ValueError: not JSON, not an object, or a caption that is no text.
         """
-        found = json.loads(content)
+        try:
+            found = json.loads(content)
+        except RecursionError:
+            raise ValueError(f"{key}.json is nested too deeply") from None
         if not isinstance(found, dict):
             raise ValueError(f"{key}.json holds a {type(found).__name__}, not an object")
         text = found.get("text", [])
         text = [text] if isinstance(text, str) else text
         if not isinstance(text, list) or not all(isinstance(caption, str) for caption in text):
             raise ValueError(f"{key}.json: 'text' must be a caption or a list of captions")
+        "".join(text).encode()  # half a character, which JSON can hold, is a ValueError
         for name, kind in _JSON_KINDS.items():
             if name in found and not isinstance(found[name], kind):
                 raise ValueError(f"{key}.json: '{name}' must not be {json.dumps(found[name])[:40]}")
