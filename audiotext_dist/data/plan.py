@@ -59,7 +59,10 @@ def check_lanes(*, global_batch_size: int, num_lanes: int, world_size: int) -> N
             if fitting
             else f"set training.global_batch_size to a multiple of {world_size}"
         )
-        raise UserError(f"{world_size} processes cannot share data.num_lanes={num_lanes} evenly: {mend}")
+        raise UserError(
+            f"{world_size} processes cannot share data.num_lanes={num_lanes} evenly: {mend}, "
+            f"or start one of {_divisors(num_lanes)} processes"
+        )
 
 
 class Plan:

@@ -71,6 +71,48 @@ def test_ranks_and_workers_see_the_same_clips_crops_frames_and_captions(shards, 
             torch.testing.assert_close(getattr(whole, name), torch.cat([getattr(part, name) for part in parts]))
 
 
+def mixed(shards: str, tmp_path: Path) -> DataConfig:
+    """Two sets: the shards with weight 1, and ten clips of their own with weight 2.5."""
+    other = write_shards(tmp_path / "other", [[make_sample(100 + row) for row in range(5)] for _ in range(2)])
+    sets = {"own": SetConfig(shards=shards), "other": SetConfig(shards=other, weight=2.5)}
+    return dataclasses.replace(config(shards), train=sets)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize(
+    ("stopped_at", "size_before", "workers_before", "size_after", "workers_after"),
+    [(0, 1, 0, 4, 1), (3, 1, 2, 2, 0), (6, 4, 0, 2, 3), (7, 2, 1, 1, 4), (13, 4, 1, 1, 0)],
+)
+def test_a_run_goes_on_from_any_batch_on_other_ranks_and_workers(
+    shards, tmp_path, stopped_at, size_before, workers_before, size_after, workers_after
+):
+    data = mixed(shards, tmp_path)
+
+    def read(steps, size, num_workers):
+        ranks = [
+            iterate(training_batches(data, World(rank=rank, size=size)), steps, num_workers=num_workers, device=CPU)
+            for rank in range(size)
+        ]
+        return [
+            (
+                [key for part in parts for key in part.keys],
+                [caption for part in parts for caption in part.captions],
+                torch.cat([part.waveform_BS for part in parts]),
+            )
+            for parts in zip(*ranks, strict=True)
+        ]
+
+    # An epoch of 57 clips has 7 batches of 8; the run is stopped before, at and after its end.
+    whole = read(range(14), 1, 0)
+    stopped = read(range(stopped_at), size_before, workers_before)
+    found = stopped + read(range(stopped_at, 14), size_after, workers_after)
+    assert len(found) == 14
+    for (keys, captions, waveforms), (other_keys, other_captions, other_waveforms) in zip(found, whole, strict=True):
+        assert (keys, captions) == (other_keys, other_captions)
+        assert torch.equal(waveforms, other_waveforms)
+    assert [keys for keys, *_ in whole[:7]] != [keys for keys, *_ in whole[7:]]
+
+
 def test_random_choices_change_from_epoch_to_epoch(shards):
     batches = training_batches(config(shards), World())
     by_key = [
