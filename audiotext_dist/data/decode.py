@@ -26,7 +26,7 @@ from audiotext_dist import storage
 from audiotext_dist.data.bad_samples import BadSampleError
 from audiotext_dist.data.index import Shard
 from audiotext_dist.data.plan import Slot
-from audiotext_dist.data.sample import AUDIO_MEMBER, METADATA_MEMBER, ClipMetadata, frame_member
+from audiotext_dist.data.sample import AUDIO_MEMBER, METADATA_MEMBER, ClipMetadata, checksum, frame_member
 from audiotext_dist.errors import UserError
 
 FrameChoice = Literal["none", "random", "middle", "all"]
@@ -112,7 +112,7 @@ class ShardReader:
         content = os.pread(self._descriptor(shard), num_bytes, offset)
         if len(content) != num_bytes:
             raise BadSampleError(f"{member} is cut short", "cut_short")
-        if zlib.crc32(content) != index.crc32(row, member):
+        if checksum(member, content) != index.checksum(row, member):
             raise BadSampleError(f"{member} has changed since its shard was indexed", "wrong_checksum")
         return content
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import tarfile
-import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from audiotext_dist import storage
-from audiotext_dist.data.sample import METADATA_MEMBER, ClipMetadata, split_member
+from audiotext_dist.data.sample import METADATA_MEMBER, ClipMetadata, checksum, split_member
 from audiotext_dist.errors import UserError
 
 INDEX_VERSION = 2
@@ -32,8 +31,8 @@ BUILD_SETTINGS = "build.json"
 class ShardIndex:
     """What a shard holds.
 
-    members: member name -> int64 [num_samples, 3], (byte offset, bytes, CRC-32) of each row's content; -1
-    three times where a row has no such member.
+    members: member name -> int64 [num_samples, 3], (byte offset, bytes, ``checksum``) of each row's content;
+    -1 three times where a row has no such member.
     """
 
     shard_name: str
@@ -55,8 +54,8 @@ class ShardIndex:
             return None
         return int(spans[row, 0]), int(spans[row, 1])
 
-    def crc32(self, row: int, member: str) -> int:
-        """The checksum of a member that the row has."""
+    def checksum(self, row: int, member: str) -> int:
+        """That of a member that the row has."""
         return int(self.members[member][row, 2])
 
     def to_json(self) -> bytes:
@@ -135,7 +134,7 @@ def scan_tar(path: Path, shard_name: str) -> ShardIndex:
                 file = tar.extractfile(entry)
                 assert file is not None
                 content = file.read()
-                rows[key][member] = (entry.offset_data, entry.size, zlib.crc32(content))
+                rows[key][member] = (entry.offset_data, entry.size, checksum(member, content))
                 if member == METADATA_MEMBER:
                     with contextlib.suppress(ValueError):
                         recordings[key] = ClipMetadata.from_json(content, key).recording

@@ -12,11 +12,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import zlib
 from dataclasses import asdict, dataclass, field, fields
 
 AUDIO_MEMBER = "flac"
 METADATA_MEMBER = "json"
 FRAME_SUFFIX = ".jpg"
+FLAC_HEADER_BYTES = 4096  # and more
 
 _UNSAFE_IN_KEY = re.compile(r"[^A-Za-z0-9_-]+")
 MAX_KEY_LENGTH = 120
@@ -32,6 +34,11 @@ def split_member(tar_name: str) -> tuple[str, str]:
     folder, slash, base = tar_name.rpartition("/")
     key, _, member = base.partition(".")
     return folder + slash + key, member
+
+
+def checksum(member: str, content: bytes) -> int:
+    """CRC-32 of what nothing else protects: a FLAC's header, whose frames have checksums of their own, or all."""
+    return zlib.crc32(content[:FLAC_HEADER_BYTES] if member == AUDIO_MEMBER else content)
 
 
 def safe_key(name: str) -> str:
