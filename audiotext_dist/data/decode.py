@@ -102,17 +102,16 @@ class ShardReader:
             BadSampleError: the row has no such member, or not the bytes that the index was made of.
             UserError: the shard is not the one its index describes.
         """
-        index = self._shards[shard].index
-        span = index.span(row, member)
-        if span is None:
+        entry = self._shards[shard].index.entry(row, member)
+        if entry is None:
             raise BadSampleError(f"it has no {member}", "missing_member")
-        offset, num_bytes = span
+        offset, num_bytes, expected = entry
         if num_bytes > MAX_MEMBER_BYTES:
             raise BadSampleError(f"{member} has {num_bytes} bytes, more than {MAX_MEMBER_BYTES}", "too_large")
         content = os.pread(self._descriptor(shard), num_bytes, offset)
         if len(content) != num_bytes:
             raise BadSampleError(f"{member} is cut short", "cut_short")
-        if checksum(member, content) != index.checksum(row, member):
+        if checksum(member, content) != expected:
             raise BadSampleError(f"{member} has changed since its shard was indexed", "wrong_checksum")
         return content
 

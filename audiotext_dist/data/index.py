@@ -49,14 +49,15 @@ class ShardIndex:
 
     def span(self, row: int, member: str) -> tuple[int, int] | None:
         """(byte offset, bytes) of a row's member, or None."""
-        spans = self.members.get(member)
-        if spans is None or spans[row, 0] < 0:
-            return None
-        return int(spans[row, 0]), int(spans[row, 1])
+        entry = self.entry(row, member)
+        return None if entry is None else entry[:2]
 
-    def checksum(self, row: int, member: str) -> int:
-        """That of a member that the row has."""
-        return int(self.members[member][row, 2])
+    def entry(self, row: int, member: str) -> tuple[int, int, int] | None:
+        """(byte offset, bytes, ``checksum``) of a row's member, or None."""
+        if (entries := self.members.get(member)) is None:
+            return None
+        offset, num_bytes, found = entries[row].tolist()
+        return None if offset < 0 else (offset, num_bytes, found)
 
     def to_json(self) -> bytes:
         """The index as it is stored."""
