@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from audiotext_dist.data.decode import clip_uniforms
 from audiotext_dist.data.index import index_path, load_shards
 from audiotext_dist.data.loader import EvaluationBatches, TrainingBatches, iterate
 from audiotext_dist.data.sample import AUDIO_MEMBER
@@ -263,3 +264,24 @@ def test_a_set_without_captions_or_without_files_is_named(tmp_path):
     data = config(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"data set 'own': no \*.tar files at .*nowhere"):
         open_sets(data.train, data, frames=True, captions=True)
+
+
+def test_a_clips_random_numbers_are_uniform_and_its_own():
+    drawn = np.stack([clip_uniforms(1, epoch, 0, "d", f"k{n}") for epoch in range(4) for n in range(2000)])
+    assert drawn.shape == (8000, 7)
+    assert drawn.min() >= 0
+    assert drawn.astype(np.float32).max() < 1
+    # Five standard deviations: of the share in each tenth, and of the correlation of any two numbers.
+    shares = np.stack([np.histogram(column, 10, (0, 1))[0] / 8000 for column in drawn.T])
+    assert np.abs(shares - 0.1).max() < 5 * np.sqrt(0.09 / 8000)
+    assert np.abs(np.corrcoef(drawn.T) - np.eye(7)).max() < 5 / np.sqrt(8000)
+    arguments = [
+        (1, 0, 0, "d", "k"),
+        (2, 0, 0, "d", "k"),
+        (1, 1, 0, "d", "k"),
+        (1, 0, 1, "d", "k"),
+        (1, 0, 0, "e", "k"),
+    ]
+    assert len({tuple(clip_uniforms(*each)) for each in arguments}) == 5
+    # The same numbers on every machine, now and later.
+    assert (clip_uniforms(1, 2, 0, "d", "k")[:3] * 2**24).tolist() == [814669, 9677373, 9389615]
