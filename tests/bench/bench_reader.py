@@ -243,7 +243,7 @@ def read_in_place(shards: list[Shard], members: list[str], num_passes: int) -> I
     """These members of every sample, in the tar's order, by nothing but the system's call: the bound."""
     for shard in shards:
         descriptor = os.open(shard.path, os.O_RDONLY)
-        spans = [each for row in zip(*(shard.index.members[m][:, :2].tolist() for m in members)) for each in row]
+        spans = np.stack([shard.index.members[member][:, :2] for member in members], axis=1).reshape(-1, 2).tolist()
         for _ in range(num_passes):
             for offset, num_bytes in spans:
                 yield os.pread(descriptor, num_bytes, offset)
