@@ -19,16 +19,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pyarrow
+
 from audiotext_dist import storage
 from audiotext_dist.configuration import describe, parse, to_dict
 from audiotext_dist.data.index import BUILD_SETTINGS, INDEX_SUFFIX, SHARD_SUFFIX
 from audiotext_dist.data.sample import safe_key
 from audiotext_dist.errors import UserError, run_for_people
 from shards.check import check
+from shards.executors import keep_freed_memory
 from shards.finished import SHARD_REPORT_SUFFIX
 from shards.job import BuildConfig, run
 from shards.record import Record
-from shards.report import REPORT_NAME, RowReport, check_failed_share, summary
+from shards.report import REPORT_NAME, check_failed_share, summary
 from shards.sources import audiocaps, audioset, clotho, soundscape, table, wavcaps
 
 
@@ -108,6 +111,7 @@ Config = TypeVar("Config", bound=BuildConfig)
 def main() -> None:
     """The command: choose the source."""
     source, *words = sys.argv[1:] or ["--help"]
+    keep_freed_memory()
     match source:
         case "-h" | "--help":
             print(USAGE, end="")
@@ -127,11 +131,11 @@ def main() -> None:
             raise UserError(f"no source '{source}': give soundscape, table, audioset, audiocaps, clotho or wavcaps")
 
 
-def build(config: BuildConfig, records: Sequence[Record]) -> list[RowReport] | None:
+def build(config: BuildConfig, records: Sequence[Record]) -> pyarrow.Table | None:
     """Build what is not built yet of the set, or of this job's part of it.
 
     Returns:
-        one report a row, in the order of the rows; ``out/report.parquet`` holds the same. None while other
+        what ``out/report.parquet`` holds, one row a row of the list, in its order; None while other
         jobs' shards are not finished.
 
     Raises:
@@ -152,16 +156,16 @@ def _run(schema: type[Config], words: Sequence[str], read: Callable[[Config], It
         return
     config = parse(schema, words)
     records = list(read(config))
-    rows = build(config, records)
+    report = build(config, records)
     # The JSON lines have stdout for themselves.
     people = sys.stderr if config.progress == "json" else sys.stdout
-    if rows is None:
+    if report is None:
         print(f"part {config.part} is done, other parts of the set are not yet", file=people)
         return
-    print(summary(rows), file=people)
+    print(summary(report), file=people)
     for path, count in Counter(path for record in records for path in record.excluded_by).items():
         print(f"  {count} named by {path}", file=people)
-    check_failed_share(rows, config.max_failed_share)
+    check_failed_share(report, config.max_failed_share)
 
 
 def _help(schema: type[Config]) -> str:

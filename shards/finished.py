@@ -9,10 +9,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pyarrow
+
 from audiotext_dist import storage
 from audiotext_dist.data.index import INDEX_SUFFIX, SHARD_SUFFIX
 from shards import writer
-from shards.report import REPORT_NAME, RowReport, from_parquet
+from shards.report import REPORT_NAME, count_failures, from_parquet
 
 SHARD_REPORT_SUFFIX = ".report.parquet"
 REPORTS_READ_AT_ONCE = 16
@@ -33,7 +35,7 @@ def finished_shards(out: str) -> set[int]:
     return indexed | empty
 
 
-def read_reports(out: str, numbers: Sequence[int]) -> Iterator[list[RowReport]]:
+def read_reports(out: str, numbers: Sequence[int]) -> Iterator[pyarrow.Table]:
     """The reports of these shards, in their order, several under way at once."""
     with ThreadPoolExecutor(REPORTS_READ_AT_ONCE) as threads:
         yield from map(
@@ -53,7 +55,7 @@ def reopen(out: str, own: range) -> None:
     """Take back the commit marks of finished shards with failed rows: a resumed build makes them anew."""
     reported = sorted(_numbers(out, SHARD_REPORT_SUFFIX) & set(own))
     for number, rows in zip(reported, read_reports(out, reported), strict=True):
-        if any(row.status == "failed" and row.reason != "excluded" for row in rows):
+        if count_failures(rows).keys() - {"excluded"}:
             for path in (
                 storage.join(out, REPORT_NAME),
                 shard_path(out, number, INDEX_SUFFIX),
@@ -67,5 +69,5 @@ def _numbers(out: str, suffix: str) -> set[int]:
     return {int(stem) for stem in stems if stem.isdecimal()}
 
 
-def _is_empty(rows: Sequence[RowReport]) -> bool:
-    return all(row.status == "failed" for row in rows)
+def _is_empty(rows: pyarrow.Table) -> bool:
+    return bool(count_failures(rows).total() == rows.num_rows)

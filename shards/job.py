@@ -26,6 +26,7 @@ from functools import partial
 from itertools import groupby
 from typing import Any, Literal
 
+import pyarrow
 from tqdm import tqdm
 
 from audiotext_dist import storage
@@ -36,7 +37,7 @@ from shards.executors import Executor, map_in_order
 from shards.finished import SHARD_REPORT_SUFFIX, finished_shards, is_finished, read_reports, reopen, shard_path
 from shards.media import MediaConfig, Reason, try_clip
 from shards.record import Record
-from shards.report import REPORT_NAME, RowReport, row_report, shard_line, to_parquet
+from shards.report import REPORT_NAME, RowReport, row_report, shard_line, to_parquet, to_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +102,11 @@ class Row:
 Outcome = tuple[Row, Sample | Reason]
 
 
-def run(config: BuildConfig, records: Sequence[Record]) -> list[RowReport] | None:
+def run(config: BuildConfig, records: Sequence[Record]) -> pyarrow.Table | None:
     """Build what is not built yet of this job's part.
 
     Returns:
-        one report a row, in the order of the rows, as ``out/report.parquet`` holds them; None while other
+        what ``out/report.parquet`` holds, one row a row of the list, in its order; None while other
         jobs' shards are not finished.
 
     Raises:
@@ -119,10 +120,10 @@ def run(config: BuildConfig, records: Sequence[Record]) -> list[RowReport] | Non
     _build_shards(config, records, {number: shards[number] for number in own if number not in finished})
     if len(finished_shards(config.out) & set(range(len(shards)))) < len(shards):
         return None
-    rows = [row for rows in read_reports(config.out, range(len(shards))) for row in rows]
+    report = pyarrow.concat_tables(read_reports(config.out, range(len(shards))))
     with storage.claimed(storage.join(config.out, "report"), wait=True):
-        storage.write_bytes(storage.join(config.out, REPORT_NAME), to_parquet(rows))
-    return rows
+        storage.write_bytes(storage.join(config.out, REPORT_NAME), to_parquet(report))
+    return report
 
 
 def shard_rows(num_rows: int, clips_per_shard: int) -> list[range]:
@@ -208,7 +209,7 @@ def _write_shard(out: str, number: int, outcomes: Iterator[Outcome]) -> list[Row
                 yield outcome
 
     index = writer.write_tar(out, name, samples())
-    storage.write_bytes(shard_path(out, number, SHARD_REPORT_SUFFIX), to_parquet(reports))
+    storage.write_bytes(shard_path(out, number, SHARD_REPORT_SUFFIX), to_parquet(to_table(reports)))
     if index is not None:
         writer.commit(out, index)
     return reports

@@ -6,10 +6,11 @@ import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow
 import pyarrow.parquet
+from pyarrow import compute
 
 from audiotext_dist.data.sample import Sample, safe_key
 from audiotext_dist.errors import UserError
@@ -64,30 +65,45 @@ def row_report(row: int, name: str, outcome: Sample | Reason, shard: str) -> Row
     )
 
 
-def to_parquet(rows: Sequence[RowReport]) -> bytes:
-    """The rows as a Parquet file, a column a field."""
-    columns = {name: [getattr(row, name) for row in rows] for name in _SCHEMA.names}
-    table = pyarrow.table(columns, schema=_SCHEMA)
+def to_table(rows: Sequence[RowReport]) -> pyarrow.Table:
+    """The rows as a table, a column a field: of millions of rows, a fraction of the memory."""
+    return pyarrow.table({name: [getattr(row, name) for row in rows] for name in _SCHEMA.names}, schema=_SCHEMA)
+
+
+def to_parquet(table: pyarrow.Table) -> bytes:
+    """The table as a Parquet file."""
     content = io.BytesIO()
     pyarrow.parquet.write_table(table, content)
     return content.getvalue()
 
 
-def from_parquet(content: bytes) -> list[RowReport]:
+def from_parquet(content: bytes) -> pyarrow.Table:
     """Read back what ``to_parquet`` wrote."""
-    return [RowReport(**row) for row in pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()]
+    return pyarrow.parquet.read_table(io.BytesIO(content))
 
 
-def summary(rows: Sequence[RowReport]) -> str:
+def to_rows(table: pyarrow.Table) -> list[RowReport]:
+    """Read back what ``to_table`` made."""
+    return [RowReport(**row) for row in table.to_pylist()]
+
+
+def written(table: pyarrow.Table) -> pyarrow.Table:
+    """Those rows of a report that are in a shard."""
+    return table.filter(compute.equal(table["status"], "written"))
+
+
+def summary(table: pyarrow.Table) -> str:
     """Some lines for a person: clips, hours, shards, bytes, and the failures by reason."""
-    written = [row for row in rows if row.status == "written"]
+    there = written(table)
     lines = [
-        f"{len(written)} of {len(rows)} clips written in {len({row.shard for row in written})} shards: "
-        f"{sum(row.seconds for row in written) / 3600:.2f} hours, "
-        f"{sum(row.bytes for row in written) / 1e9:.3f} GB"
+        f"{there.num_rows} of {table.num_rows} clips written in {len(there['shard'].unique())} shards: "
+        f"{(compute.sum(there['seconds']).as_py() or 0) / 3600:.2f} hours, "
+        f"{(compute.sum(there['bytes']).as_py() or 0) / 1e9:.3f} GB"
     ]
-    lines += [f"{count} failed: {reason}" for reason, count in _failures(rows).most_common()]
-    if num_excluded := _num_excluded(rows):
+    failures = count_failures(table)
+    num_excluded = failures.pop("excluded", 0)
+    lines += [f"{count} failed: {reason}" for reason, count in failures.most_common()]
+    if num_excluded:
         lines.append(f"{num_excluded} excluded")
     return "\n".join(lines)
 
@@ -103,16 +119,16 @@ def shard_line(shard: str, rows: Sequence[RowReport]) -> dict[str, str | int | f
     }
 
 
-def check_failed_share(rows: Sequence[RowReport], max_failed_share: float) -> None:
+def check_failed_share(table: pyarrow.Table, max_failed_share: float) -> None:
     """Refuse a set of which too much is absent; what was excluded is not.
 
     Raises:
         UserError: every row is excluded, or more than this share of the others failed.
     """
-    failures = _failures(rows)
-    num_wanted = len(rows) - _num_excluded(rows)
+    failures = count_failures(table)
+    num_wanted = table.num_rows - failures.pop("excluded", 0)
     if num_wanted == 0:
-        raise UserError(f"all of {len(rows)} clips are excluded: check exclude=")
+        raise UserError(f"all of {table.num_rows} clips are excluded: check exclude=")
     share = failures.total() / num_wanted
     if share > max_failed_share:
         reason, count = failures.most_common(1)[0]
@@ -123,10 +139,12 @@ def check_failed_share(rows: Sequence[RowReport], max_failed_share: float) -> No
         )
 
 
-def _failures(rows: Sequence[RowReport]) -> Counter[Reason]:
-    """How often each reason, but not of rows that were left out on purpose."""
-    return Counter(row.reason for row in rows if row.reason not in (None, "excluded"))
+def count_failures(table: pyarrow.Table) -> Counter[Reason]:
+    """How often each reason is given."""
+    return count_values(table, "reason")
 
 
-def _num_excluded(rows: Sequence[RowReport]) -> int:
-    return sum(row.reason == "excluded" for row in rows)
+def count_values(table: pyarrow.Table, column: str) -> Counter[Any]:
+    """How often each value stands in a column, nulls apart, in the order in which they first come."""
+    found = table[column].drop_null().value_counts()
+    return Counter({each["values"]: each["counts"] for each in found.to_pylist()})

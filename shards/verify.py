@@ -26,7 +26,7 @@ from audiotext_dist.data.index import BUILD_SETTINGS, INDEX_SUFFIX, SHARD_SUFFIX
 from audiotext_dist.errors import UserError, run_for_people
 from shards.findings import Finding, Kind, is_error, table
 from shards.passes import default_num_workers, map_shards
-from shards.report import REPORT_NAME, from_parquet
+from shards.report import REPORT_NAME, count_values, from_parquet
 from shards.verify_shard import ShardFacts, check_shard
 
 USAGE = """usage: python -m shards.verify SPLIT=SHARDS ... key=value ...
@@ -177,7 +177,7 @@ def _check_folders(split: str, paths: Sequence[str]) -> Iterator[Finding]:
 def _check_report(split: str, folder: str, present: set[str]) -> Iterator[Finding]:
     public, report = storage.public_name(folder), storage.join(folder, REPORT_NAME)
     if storage.exists(report):
-        written = Counter(row.shard for row in from_parquet(storage.read_bytes(report)) if row.shard is not None)
+        written = count_values(from_parquet(storage.read_bytes(report)), "shard")
         for name in sorted(written.keys() - present):
             yield Finding("missing_shard", split, f"{public}/{name}", f"the report has {written[name]} clips in it")
     elif storage.exists(storage.join(folder, BUILD_SETTINGS)):

@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 import zlib
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 
 AUDIO_MEMBER = "flac"
 METADATA_MEMBER = "json"
@@ -97,7 +97,7 @@ class ClipMetadata:
 
     def to_json(self) -> bytes:
         """Compact UTF-8 JSON, keys in the order of the fields."""
-        return json.dumps(asdict(self), ensure_ascii=False, separators=(",", ":")).encode()
+        return json.dumps(vars(self), ensure_ascii=False, separators=(",", ":")).encode()
 
     @classmethod
     def from_json(cls, content: bytes, key: str) -> ClipMetadata:

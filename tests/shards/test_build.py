@@ -18,10 +18,11 @@ import webdataset
 
 from audiotext_dist.data.index import load_shards
 from audiotext_dist.errors import UserError
-from shards.build import AudioSetBuild, SoundscapeBuild, TableBuild, build, main
+from shards.build import AudioSetBuild, SoundscapeBuild, TableBuild, main
 from shards.record import Record
 from shards.report import RowReport
 from shards.sources import audioset, soundscape, table
+from tests.built import build_rows
 from tests.media_files import noise, sweep, write_video
 
 REPOSITORY = Path(__file__).parents[2]
@@ -63,8 +64,8 @@ def config_for(media: Path, out: Path, **options: object) -> TableBuild:
     )
 
 
-def build_table(config: TableBuild) -> list[RowReport]:
-    return build(config, list(table.records(config)))
+def build_table(config: TableBuild) -> list[RowReport] | None:
+    return build_rows(config, list(table.records(config)))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -150,9 +151,9 @@ def test_equal_names_are_an_error_that_names_one(tmp_path: Path) -> None:
     config = config_for(tmp_path, tmp_path / "out")
     twice = [Record(name=name, media=None, recording="r") for name in ("a", "b", "a")]
     with pytest.raises(UserError, match="rows 0 and 2 are both named 'a'"):
-        build(config, twice)
+        build_rows(config, twice)
     with pytest.raises(UserError, match="no rows"):
-        build(config, [])
+        build_rows(config, [])
 
 
 # Ends the process, as a power cut would, before the file named first in its arguments is written, or, given a
@@ -282,7 +283,7 @@ def test_impossible_build_options_are_refused(media: Path, tmp_path: Path, wrong
 
 def test_a_soundscape_is_packed(tmp_path: Path) -> None:
     config = SoundscapeBuild(media=str(tmp_path / "media"), out=str(tmp_path / "out"), num_clips=2, num_workers=0)
-    rows = build(config, list(soundscape.records(config, config.num_workers)))
+    rows = build_rows(config, list(soundscape.records(config, config.num_workers)))
     assert [row.status for row in rows] == ["written", "written"]
     sample = next(iter(webdataset.WebDataset(str(tmp_path / "out/00000.tar"), shardshuffle=False)))
     assert {"flac", "json", "0.jpg", "3.jpg"} <= sample.keys()
@@ -298,7 +299,7 @@ def test_real_clips_are_packed(tmp_path: Path) -> None:
     records = list(audioset.records(config))
     assert sum(record.media is not None for record in records) == 20
     # Decoding all of them takes too long for a test.
-    rows = build(config, records[:4])
+    rows = build_rows(config, records[:4])
     assert [row.status for row in rows] == ["written"] * 4
     assert all(9.9 < row.seconds < 10.1 for row in rows)
     (index,) = {tuple(shard.index.members) for shard in load_shards(str(tmp_path))}

@@ -20,11 +20,12 @@ from hypothesis import strategies as st
 from audiotext_dist import storage
 from audiotext_dist.errors import UserError
 from shards import job
-from shards.build import TableBuild, build, main
+from shards.build import TableBuild, main
 from shards.job import own_shards, shard_rows
 from shards.record import Record
 from shards.report import RowReport
 from shards.sources import table
+from tests.built import build_rows
 from tests.media_files import noise
 
 REPOSITORY = Path(__file__).parents[2]
@@ -60,7 +61,7 @@ def config_for(media: Path, out: Path, **options: object) -> TableBuild:
 
 
 def build_table(config: TableBuild) -> list[RowReport] | None:
-    return build(config, list(table.records(config)))
+    return build_rows(config, list(table.records(config)))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -156,7 +157,7 @@ def test_jobs_on_one_set_at_once_share_the_work(media: Path, tmp_path: Path) -> 
     encode = job._encode
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job, "_encode", counted)
-        jobs = [threading.Thread(target=lambda: found.append(build(config, records))) for _ in range(4)]
+        jobs = [threading.Thread(target=lambda: found.append(build_rows(config, records))) for _ in range(4)]
         for thread in jobs:
             thread.start()
         for thread in jobs:

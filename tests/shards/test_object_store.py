@@ -14,6 +14,8 @@ import soundfile
 
 from audiotext_dist import storage
 from audiotext_dist.errors import UserError
+from shards.statistics import StatisticsConfig, measure
+from shards.verify import VerifyConfig, verify
 from tests.media_files import noise
 from tests.object_store import SECRET, Fault, Request, environment, objects, proxy, server, use
 
@@ -141,3 +143,22 @@ def test_a_write_that_fails_in_the_middle_leaves_no_object(bucket: str, store: s
     with pytest.raises(UserError, match="lost"):
         fail()
     assert objects(store, bucket) == {}
+
+
+def test_a_set_on_a_server_is_verified_and_measured_as_on_a_disk(
+    media: Path, store: str, bucket: str, tmp_path: Path
+) -> None:
+    for out in (f"s3://{bucket}/set", str(tmp_path / "set")):
+        assert build(media, out, store).returncode == 0
+    remote, local = (VerifyConfig(splits={"train": out}) for out in (f"s3://{bucket}/set", str(tmp_path / "set")))
+    assert verify(remote).to_json() == verify(local).to_json()
+    of_remote, of_local = (
+        measure(StatisticsConfig(shards=out, sample_rate_hz=16000, out=f"s3://{bucket}/statistics.yaml"))
+        for out in (f"s3://{bucket}/set", str(tmp_path / "set"))
+    )
+    assert of_remote.mean_and_std == of_local.mean_and_std
+    assert (of_remote.num_bytes, of_remote.num_shards) == (of_local.num_bytes, 2)
+    tar = bytearray(objects(store, bucket)["set/00001.tar"])
+    tar[len(tar) // 2] ^= 1
+    fsspec.filesystem("s3").pipe_file(f"{bucket}/set/00001.tar", bytes(tar))
+    assert {finding.place for finding in verify(remote).findings} == {f"s3://{bucket}/set/00001.tar"}

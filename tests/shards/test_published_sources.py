@@ -15,14 +15,15 @@ from hypothesis import strategies as st
 
 from audiotext_dist.data.sample import safe_key
 from audiotext_dist.errors import UserError
-from shards.build import AudioCapsBuild, AudioSetBuild, ClothoBuild, WavCapsBuild, build
+from shards.build import AudioCapsBuild, AudioSetBuild, ClothoBuild, WavCapsBuild
 from shards.record import Record
-from shards.report import check_failed_share, summary
+from shards.report import check_failed_share, summary, to_table
 from shards.sources import audiocaps, audioset, clotho, wavcaps, youtube
 from shards.sources.audiocaps import AudioCapsConfig
 from shards.sources.audioset import AudioSetConfig
 from shards.sources.clotho import ClothoConfig
 from shards.sources.wavcaps import WavCapsConfig
+from tests.built import build_rows
 from tests.media_files import noise
 
 REAL_DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -126,7 +127,7 @@ def test_a_part_of_the_published_audiocaps_is_packed(tmp_path: Path) -> None:
     for record in everything[::100]:
         write_noise(tmp_path / "media" / f"{record.name}.wav")
     config = AudioCapsBuild(captions=str(path), media=str(tmp_path / "media"), out=str(tmp_path / "out"), **PACKING)
-    rows = build(config, list(audiocaps.records(config)))
+    rows = build_rows(config, list(audiocaps.records(config)))
     assert [row.name for row in rows if row.status == "written"] == [record.name for record in everything[::100]]
     assert len(rows) == len(everything)
 
@@ -167,7 +168,7 @@ def test_of_the_published_audioset_what_is_there_is_packed(tmp_path: Path) -> No
     config = AudioSetBuild(
         segments=str(path), media=str(tmp_path / "media"), out=str(tmp_path / "out"), require_frames=False, **PACKING
     )
-    rows = build(config, list(audioset.records(config)))
+    rows = build_rows(config, list(audioset.records(config)))
     assert [row.name for row in rows if row.status == "written"] == chosen
     assert Counter(row.reason for row in rows) == {None: 20, "missing": 22140}
 
@@ -291,7 +292,7 @@ def test_a_part_of_the_published_clotho_is_packed(tmp_path: Path) -> None:
     config = ClothoBuild(
         captions=str(path), split="validation", media=str(tmp_path / "media"), out=str(tmp_path / "out"), **PACKING
     )
-    rows = build(config, list(clotho.records(config)))
+    rows = build_rows(config, list(clotho.records(config)))
     assert [row.name for row in rows if row.status == "written"] == [f"validation/{name}" for name in chosen]
     assert Counter(row.reason for row in rows) == {None: len(chosen), "missing": len(names) - len(chosen)}
 
@@ -417,17 +418,17 @@ def test_excluded_rows_are_accounted_for_and_are_no_failures(tmp_path: Path) -> 
         out=str(tmp_path / "out"),
         **PACKING,
     )
-    rows = build(config, list(wavcaps.records(config)))
+    rows = build_rows(config, list(wavcaps.records(config)))
     assert [row.reason for row in rows] == [None, "excluded", "excluded", "missing"]
-    assert summary(rows).splitlines()[1:] == ["1 failed: missing", "2 excluded"]
-    check_failed_share(rows, 0.5)
+    assert summary(to_table(rows)).splitlines()[1:] == ["1 failed: missing", "2 excluded"]
+    check_failed_share(to_table(rows), 0.5)
     with pytest.raises(UserError, match=r"50\.0% of 2 clips failed"):
-        check_failed_share(rows, 0.4)
+        check_failed_share(to_table(rows), 0.4)
     with pytest.raises(UserError, match="all of 2 clips are excluded"):
-        check_failed_share(rows[1:3], 1.0)
+        check_failed_share(to_table(rows[1:3]), 1.0)
     (tmp_path / "a.csv").write_text("id\n2\n4\n")
     with pytest.raises(UserError, match="begun with exclude="):
-        build(config, list(wavcaps.records(config)))
+        build_rows(config, list(wavcaps.records(config)))
 
 
 def test_the_published_soundbible_is_packed_in_part(tmp_path: Path) -> None:
@@ -437,7 +438,7 @@ def test_the_published_soundbible_is_packed_in_part(tmp_path: Path) -> None:
     config = WavCapsBuild(
         captions=str(path), subset="SoundBible", media=str(tmp_path / "media"), out=str(tmp_path / "out"), **PACKING
     )
-    rows = build(config, list(wavcaps.records(config)))
+    rows = build_rows(config, list(wavcaps.records(config)))
     assert Counter(row.reason for row in rows) == {None: 2, "missing": 1230}
 
 
@@ -491,7 +492,7 @@ def test_hostile_names_are_packed_as_missing(tmp_path: Path) -> None:
     config = WavCapsBuild(
         captions=listed.captions, subset="FreeSound", media=listed.media, out=str(tmp_path / "out"), **PACKING
     )
-    reports = build(config, list(wavcaps.records(config)))
+    reports = build_rows(config, list(wavcaps.records(config)))
     assert [report.reason for report in reports] == ["missing"] * len(HOSTILE)
     assert all("/" not in report.key and "." not in report.key and len(report.key) <= 120 for report in reports)
 
@@ -502,4 +503,4 @@ def test_a_text_that_is_no_unicode_is_named(tmp_path: Path) -> None:
         captions=listed.captions, subset="FreeSound", media=listed.media, out=str(tmp_path / "out"), **PACKING
     )
     with pytest.raises(UserError, match="row 0, 'FreeSound/1', is no valid Unicode"):
-        build(config, list(wavcaps.records(config)))
+        build_rows(config, list(wavcaps.records(config)))
