@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from audiotext_dist.errors import UserError
 
 Item = TypeVar("Item")
 
@@ -76,12 +79,32 @@ def min_and_max_over_ranks(value: float, device: torch.device) -> tuple[float, f
 
 
 def sums_over_ranks(values: Sequence[int], device: torch.device) -> list[int]:
-    """The sum over ranks of each of some counts."""
+    """The sum over ranks of each of some counts, as many on every rank."""
     totals = torch.tensor(values, dtype=torch.int64, device=device)
     if is_parallel():
         dist.all_reduce(totals)
     sums: list[int] = totals.tolist()
     return sums
+
+
+def raise_together(error: UserError | None) -> None:
+    """Raise on every rank what one of them has met; return where none has.
+
+    The ranks agree over the CPU, so no device has to finish its work first.
+    """
+    if is_parallel():
+        failed = torch.tensor([error is not None], dtype=torch.int64)
+        dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=_cpu_group())
+        if failed.item():
+            told = gather_items(None if error is None else str(error))
+            raise UserError(next(message for message in told if message is not None))
+    elif error is not None:
+        raise error
+
+
+@lru_cache(maxsize=1)
+def _cpu_group() -> Any:
+    return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
 
 def from_main(item: Item | None) -> Item:

@@ -2,8 +2,11 @@
 
 Paths are plain strings: a local path or a URL. Writes are atomic on local disks (written beside, then
 renamed) and whole-object on object stores, so a reader never meets half a file. What a disk or a server
-refuses is a ``UserError`` that names the file and shows no credentials. Object stores take their endpoint,
-credentials and number of attempts from the environment (AWS_ENDPOINT_URL, AWS_PROFILE, AWS_MAX_ATTEMPTS, ...).
+refuses is a ``UserError`` that names the file and shows no credentials. Object stores take their endpoint and
+credentials from the environment (AWS_ENDPOINT_URL, AWS_PROFILE, ...).
+
+Reads that are given a ``RetryConfig`` are tried again here, and only here: the libraries below have retries of
+their own, which would multiply. Other calls leave it to them (AWS_MAX_ATTEMPTS, ...).
 """
 
 from __future__ import annotations
@@ -12,7 +15,6 @@ import contextlib
 import hashlib
 import os
 import re
-import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -23,10 +25,14 @@ from urllib.parse import urlsplit
 import fsspec
 from braceexpand import braceexpand
 from filelock import FileLock, Timeout
+from fsspec.asyn import sync
 
 from audiotext_dist.errors import UserError
+from audiotext_dist.retry import RetryConfig, answer, may_pass, refusals_named
 
-DEFAULT_CACHE_DIR = "~/.cache/audiotext_dist/shards"
+# One request, and one piece in memory, of a file that is fetched.
+BLOCK_BYTES = 16 << 20
+_HTTP = ("http", "https")
 
 
 def is_remote(path: str) -> bool:
@@ -46,25 +52,37 @@ def join(folder: str, name: str) -> str:
     return f"{folder.rstrip('/')}/{name}"
 
 
-def exists(path: str) -> bool:
+def exists(path: str, retry: RetryConfig | None = None) -> bool:
     """True if the file or folder is there."""
-    with _refusals_named("look for", path):
-        filesystem, inner = _fresh_filesystem(path)
-        return bool(filesystem.exists(inner))
+
+    def ask() -> bool:
+        filesystem, inner = _fresh_filesystem(path, retry)
+        if _scheme(path) not in _HTTP:
+            return bool(filesystem.exists(inner))
+        try:
+            # Otherwise a web server that is busy would count as one without the file.
+            return bool(filesystem.exists(inner, strict=True))
+        except Exception as error:
+            # Stores that let nobody list them say 403 of what is not there.
+            if getattr(error, "status", None) is None or may_pass(error):
+                raise
+            return False
+
+    return answer("look for", public_name(path), retry, ask)
 
 
-def list_files(folder: str, suffix: str) -> list[str]:
+def list_files(folder: str, suffix: str, retry: RetryConfig | None = None) -> list[str]:
     """Every file right under ``folder`` whose name ends with ``suffix``, sorted; ``[]`` if no folder."""
-    with _refusals_named("list", folder):
-        filesystem, inner = _fresh_filesystem(folder)
-        if not filesystem.isdir(inner):
-            return []
-        names = [str(entry) for entry in filesystem.ls(inner, detail=False)]
-    scheme = f"{urlsplit(folder).scheme}://" if is_remote(folder) else ""
-    return sorted(name if "://" in name else scheme + name.rstrip("/") for name in names if name.endswith(suffix))
+
+    def ask() -> list[str]:
+        filesystem, inner = _fresh_filesystem(folder, retry)
+        return [str(entry) for entry in filesystem.ls(inner, detail=False)] if filesystem.isdir(inner) else []
+
+    names = answer("list", public_name(folder), retry, ask)
+    return sorted(_with_scheme(folder, name.rstrip("/")) for name in names if name.endswith(suffix))
 
 
-def expand(spec: str, suffix: str) -> list[str]:
+def expand(spec: str, suffix: str, retry: RetryConfig | None = None) -> list[str]:
     """The files a user's shard spec names: a folder, a glob, ``{000..123}`` braces, or ``::``-joined specs.
 
     Raises:
@@ -74,18 +92,33 @@ def expand(spec: str, suffix: str) -> list[str]:
     for part in spec.split("::"):
         for pattern in _braces(part):
             if "*" in pattern:
-                filesystem, inner = fsspec.core.url_to_fs(pattern)
-                scheme = f"{urlsplit(pattern).scheme}://" if is_remote(pattern) else ""
-                files += sorted(scheme + str(name) for name in filesystem.glob(inner) if str(name).endswith(suffix))
+                files += sorted(name for name in _glob(pattern, retry) if name.endswith(suffix))
             elif pattern.endswith(suffix):
-                if not exists(pattern):
+                if not exists(pattern, retry):
                     raise UserError(f"no such file: {public_name(pattern)}")
                 files.append(pattern)
             else:
-                files += list_files(pattern, suffix)
+                files += list_files(pattern, suffix, retry)
     if not files:
         raise UserError(f"no *{suffix} files at {public_name(spec)}: check the path, or build the shards first")
     return files
+
+
+def _glob(pattern: str, retry: RetryConfig | None) -> list[str]:
+    def ask() -> list[str]:
+        filesystem, inner = _fresh_filesystem(pattern, retry)
+        return [_with_scheme(pattern, str(name)) for name in filesystem.glob(inner)]
+
+    return answer("list", public_name(pattern), retry, ask)
+
+
+def _scheme(path: str) -> str:
+    return urlsplit(path).scheme if is_remote(path) else ""
+
+
+def _with_scheme(path: str, name: str) -> str:
+    """A file's name as its file system gives it, as a path of the same kind as ``path``."""
+    return name if "://" in name or not is_remote(path) else f"{_scheme(path)}://{name}"
 
 
 def _braces(pattern: str) -> list[str]:
@@ -104,20 +137,92 @@ def check_no_credentials(path: str) -> None:
         )
 
 
-def read_bytes(path: str) -> bytes:
+def read_bytes(path: str, retry: RetryConfig | None = None) -> bytes:
     """The whole file.
 
     Raises:
         FileNotFoundError: it is not there.
     """
-    with _refusals_named("read", path), fsspec.open(path, "rb") as file:
-        return bytes(file.read())
+
+    def ask() -> bytes:
+        filesystem, inner = _filesystem(path, retry)
+        return bytes(filesystem.cat_file(inner))
+
+    return answer("read", public_name(path), retry, ask)
+
+
+def identity(path: str, retry: RetryConfig) -> dict[str, str]:
+    """What a file's server or disk says of its present content: size, ETag, time of change, as far as it does."""
+    kept = ("size", "etag", "content-md5", "digest", "md5hash", "lastmodified", "last-modified", "updated", "mtime")
+
+    def ask() -> dict[str, str]:
+        filesystem, inner = _fresh_filesystem(path, retry)
+        try:
+            found = filesystem.info(inner)
+        except FileNotFoundError as error:
+            # fsspec says so of any answer of a web server that is no success.
+            if _scheme(path) in _HTTP and isinstance(error.__cause__, Exception):
+                raise error.__cause__ from None
+            raise
+        return {name.lower(): str(value) for name, value in found.items() if name.lower() in kept and value is not None}
+
+    return answer("look for", public_name(path), retry, ask)
+
+
+def blocks(path: str, start: int, retry: RetryConfig) -> Iterator[tuple[int, bytes]]:
+    """One attempt to read a file from byte ``start`` on: (offset, bytes) in order.
+
+    From 0 on, whatever ``start`` says, where a server cannot begin in the middle.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        RefusalError: the server said no, stalled or hung up, maybe in the middle.
+    """
+    with refusals_named("read", public_name(path), whatever=True):
+        filesystem, inner = _fresh_filesystem(path, retry)
+        if _scheme(path) in _HTTP:
+            yield from _http_blocks(filesystem, inner, start)
+            return
+        ranges = {"cache_type": "none"} if _scheme(path) == "s3" else {}
+        with filesystem.open(inner, "rb", block_size=BLOCK_BYTES, **ranges) as file:
+            file.seek(start)
+            while block := file.read(BLOCK_BYTES):
+                yield start, block
+                start += len(block)
+
+
+def _http_blocks(filesystem: Any, url: str, start: int) -> Iterator[tuple[int, bytes]]:
+    """One GET: fsspec's own would take a body without ranges whole into memory, or ask for it again and again."""
+
+    async def read(response: Any) -> bytes:
+        pieces, num_bytes = [], 0
+        # What came before an error counts; the next read meets the error again.
+        with contextlib.suppress(Exception):
+            while num_bytes < BLOCK_BYTES and (piece := await response.content.read(BLOCK_BYTES - num_bytes)):
+                pieces.append(piece)
+                num_bytes += len(piece)
+        return b"".join(pieces) or bytes(await response.content.read(1))
+
+    session = sync(filesystem.loop, filesystem.set_session)
+    own = {**filesystem.kwargs}
+    headers = {**own.pop("headers", {}), **({"Range": f"bytes={start}-"} if start else {})}
+    response = sync(filesystem.loop, session.get, filesystem.encode_url(url), headers=headers, **own)
+    try:
+        if response.status == 404:
+            raise FileNotFoundError(url)
+        response.raise_for_status()
+        offset = start if response.status == 206 else 0
+        while block := sync(filesystem.loop, read, response):
+            yield offset, block
+            offset += len(block)
+    finally:
+        filesystem.loop.call_soon_threadsafe(response.close)
 
 
 def write_bytes(path: str, content: bytes) -> None:
     """Write the whole file; locally under a temporary name, synced, then renamed."""
     if is_remote(path):
-        with _refusals_named("write", path):
+        with refusals_named("write", public_name(path)):
             filesystem, inner = fsspec.core.url_to_fs(path)
             filesystem.pipe_file(inner, content)
         return
@@ -130,7 +235,7 @@ def atomic_local_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on a clean exit it is synced and becomes ``path``."""
     # Not the process's id, which another machine on the same disk may use as well.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    with _refusals_named("write", str(path)):
+    with refusals_named("write", public_name(str(path))):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
@@ -149,7 +254,7 @@ def atomic_file(path: str) -> Iterator[Path]:
             yield temporary
         return
     # A file without a name in any folder: nothing of it stays behind where the process is killed.
-    with _refusals_named("write", path), tempfile.TemporaryFile() as file:
+    with refusals_named("write", public_name(path)), tempfile.TemporaryFile() as file:
         temporary = Path(f"/proc/self/fd/{file.fileno()}")
         yield temporary
         filesystem, inner = fsspec.core.url_to_fs(path)
@@ -168,7 +273,7 @@ def claimed(path: str, wait: bool = False) -> Iterator[bool]:
         return
     target = Path(path.removeprefix("file://"))
     lock = FileLock(target.with_name(f".{target.name}.lock"))
-    with _refusals_named("write", path):
+    with refusals_named("write", public_name(path)):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(blocking=wait)
@@ -187,45 +292,13 @@ def claimed(path: str, wait: bool = False) -> Iterator[bool]:
 
 def remove(path: str, missing_ok: bool = False) -> None:
     """Delete one file."""
-    with _refusals_named("remove", path):
+    with refusals_named("remove", public_name(path)):
         filesystem, inner = fsspec.core.url_to_fs(path)
         try:
             filesystem.rm_file(inner)
         except FileNotFoundError:
             if not missing_ok:
                 raise
-
-
-def local_copy(
-    path: str, expected_bytes: int | None = None, expected_sha256: str | None = None, cache_dir: str = DEFAULT_CACHE_DIR
-) -> Path:
-    """A local file with the content of ``path``; a remote one is fetched whole into ``cache_dir``, once a node.
-
-    The cached name holds a digest of the full URL, so equal base names cannot meet. What is expected of the file
-    is checked when it is fetched; a cached one of another size is fetched again.
-
-    Raises:
-        UserError: the file at ``path`` is not the one that is expected.
-    """
-    if not is_remote(path):
-        return Path(path.removeprefix("file://"))
-    digest = hashlib.sha256(path.encode()).hexdigest()[:20]
-    target = Path(cache_dir).expanduser() / f"{digest}-{Path(urlsplit(path).path).name}"
-
-    def is_cached() -> bool:
-        return target.exists() and expected_bytes in (None, target.stat().st_size)
-
-    if is_cached():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):
-        if not is_cached():
-            filesystem, inner = fsspec.core.url_to_fs(path)
-            with atomic_local_file(target) as temporary:
-                filesystem.get_file(inner, str(temporary))
-                if expected_sha256 not in (None, sha256_of(temporary)):
-                    raise UserError(f"{public_name(path)} is not what its index describes: build or copy it again")
-    return target
 
 
 def sha256_of(path: Path) -> str:
@@ -236,37 +309,38 @@ def sha256_of(path: Path) -> str:
 def digest(path: str) -> tuple[int, str]:
     """(bytes, hex SHA-256) of a file, read in blocks."""
     sha256, num_bytes = hashlib.sha256(), 0
-    with _refusals_named("read", path), fsspec.open(path, "rb") as file:
+    with refusals_named("read", public_name(path)), fsspec.open(path, "rb") as file:
         while block := file.read(1 << 20):
             sha256.update(block)
             num_bytes += len(block)
     return num_bytes, sha256.hexdigest()
 
 
-def _fresh_filesystem(path: str) -> tuple[Any, str]:
+def _filesystem(path: str, retry: RetryConfig | None) -> tuple[Any, str]:
+    """The file system of a path, and the path as that knows it; with ``retry``, without retries of its own."""
+    if retry is None or not is_remote(path):
+        found: tuple[Any, str] = fsspec.core.url_to_fs(path)
+        return found
+    scheme, stall_seconds = _scheme(path), retry.stall_seconds
+    own = fsspec.config.conf.get(scheme, {})
+    options: dict[str, Any] = {}
+    if scheme == "s3":
+        limits = {"connect_timeout": stall_seconds, "read_timeout": stall_seconds, "retries": {"total_max_attempts": 1}}
+        options["config_kwargs"] = {**limits, **own.get("config_kwargs", {})}
+    elif scheme in _HTTP:
+        from aiohttp import ClientTimeout
+
+        # Not aiohttp's limit of five minutes for the whole body, which a large shard may need.
+        limit = ClientTimeout(total=None, sock_connect=stall_seconds, sock_read=stall_seconds)
+        options["client_kwargs"] = {"timeout": limit, **own.get("client_kwargs", {})}
+    filesystem, inner = fsspec.core.url_to_fs(path, **options)
+    if scheme == "s3":
+        filesystem.retries = 1
+    return filesystem, str(inner)
+
+
+def _fresh_filesystem(path: str, retry: RetryConfig | None = None) -> tuple[Any, str]:
     """The file system of a path, without what it remembers of files that other jobs may have changed."""
-    filesystem, inner = fsspec.core.url_to_fs(path)
+    filesystem, inner = _filesystem(path, retry)
     filesystem.invalidate_cache()
     return filesystem, inner
-
-
-@contextlib.contextmanager
-def _refusals_named(action: str, path: str) -> Iterator[None]:
-    """Say in one line what a disk or a server refused; what is not there is the caller's to judge."""
-    try:
-        yield
-    except FileNotFoundError:
-        if action == "write":
-            raise UserError(f"cannot write {public_name(path)}: there is no such folder or bucket, make it") from None
-        raise
-    except _refusals() as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(
-            f"cannot {action} {public_name(path)} ({reason}): mend the cause, then run the same command again"
-        ) from None
-
-
-def _refusals() -> tuple[type[Exception], ...]:
-    """The system's errors, and those that s3fs lets through of the library below it, where that is at work."""
-    loaded = sys.modules.get("botocore.exceptions")
-    return (OSError,) if loaded is None else (OSError, loaded.BotoCoreError, loaded.ClientError)

@@ -15,6 +15,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from audiotext_dist import storage
+from audiotext_dist.data.cache import NodeCache
 from audiotext_dist.errors import UserError
 
 Item = TypeVar("Item")
@@ -52,5 +53,12 @@ def map_shards(function: Callable[[Item], Result], items: Sequence[Item], num_wo
 @contextmanager
 def fresh_local_copy(path: str) -> Iterator[Path]:
     """The shard as a local file; a remote one is fetched now, whatever the cache holds, and removed after."""
+    if not storage.is_remote(path):
+        yield Path(path.removeprefix("file://"))
+        return
     with tempfile.TemporaryDirectory() as folder:
-        yield storage.local_copy(path, cache_dir=folder)
+        descriptor = NodeCache(folder=folder).open(path)
+        try:
+            yield Path(f"/proc/self/fd/{descriptor}")
+        finally:
+            os.close(descriptor)

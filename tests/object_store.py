@@ -1,10 +1,13 @@
-"""A real S3 server on loopback, and a proxy before it that refuses or holds back requests."""
+"""A real S3 server on loopback, and a proxy before any server that refuses, holds back or cuts short."""
 
 from __future__ import annotations
 
 import contextlib
 import http.client
 import http.server
+import os
+import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +18,9 @@ import s3fs
 from moto.server import ThreadedMotoServer
 
 SECRET = "not-to-be-seen-0123456789"
-Fault = Literal["503", "403", "stall"]
+# "cut" ends the body in the middle as if it were whole, "reset" with a reset, "freeze" sends no more of it.
+Fault = Literal["500", "503", "403", "stall", "reset", "cut", "freeze"]
+_CODES = {"500": "InternalError", "503": "SlowDown", "403": "AccessDenied"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,18 +87,20 @@ def proxy(target: str, fault: Callable[[Request], Fault | None]) -> Iterator[str
                 case "stall":
                     released.wait()
                     self.close_connection = True
-                case "503" | "403" as status:
-                    code = {"503": "SlowDown", "403": "AccessDenied"}[status]
+                case "500" | "503" | "403" as status:
+                    code = _CODES[status]
                     content = f"<Error><Code>{code}</Code><Message>{code}</Message></Error>".encode()
                     self.answer(int(status), {"Content-Type": "application/xml"}, content)
-                case None:
+                case "reset" | "cut" | "freeze" | None as fault_within:
                     upstream = http.client.HTTPConnection(address)
                     upstream.request(self.command, self.path, body, dict(self.headers))
                     response = upstream.getresponse()
-                    self.answer(response.status, dict(response.getheaders()), response.read())
+                    self.answer(response.status, dict(response.getheaders()), response.read(), fault_within)
                     upstream.close()
 
-        def answer(self, status: int, headers: dict[str, str], content: bytes) -> None:
+        def answer(
+            self, status: int, headers: dict[str, str], content: bytes, fault_within: Fault | None = None
+        ) -> None:
             self.send_response(status)
             for name, value in headers.items():
                 if name.lower() not in ("content-length", "transfer-encoding", "connection", "date", "server"):
@@ -102,15 +109,28 @@ def proxy(target: str, fault: Callable[[Request], Fault | None]) -> Iterator[str
             self.send_header("Content-Length", length)
             self.end_headers()
             if self.command != "HEAD":
-                self.wfile.write(content)
+                self.wfile.write(content if fault_within is None else content[: len(content) // 2])
+            if fault_within is None:
+                return
+            self.wfile.flush()
+            if fault_within == "freeze":
+                released.wait()
+            if fault_within == "reset":
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                # Not the server's own way to close, which would say goodbye first.
+                os.close(self.connection.detach())
+            self.close_connection = True
 
         do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_request
 
         def log_message(self, *_: object) -> None:
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
+    class Server(http.server.ThreadingHTTPServer):
+        request_queue_size = 64  # of connections at once; one too many would wait for a second
+
+    with Server(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()
         try:
             yield f"http://127.0.0.1:{running.server_port}"
         finally:

@@ -23,6 +23,7 @@ from PIL import Image
 
 from audiotext_dist import storage
 from audiotext_dist.data.bad_samples import BadSampleError
+from audiotext_dist.data.cache import NodeCache, ReadCounts
 from audiotext_dist.data.index import Shard
 from audiotext_dist.data.plan import Slot
 from audiotext_dist.data.sample import AUDIO_MEMBER, METADATA_MEMBER, ClipMetadata, checksum, frame_member
@@ -83,13 +84,23 @@ class ShardReader:
     """Reads members of shards by ``pread``; opens lazily, so it may cross into worker processes.
 
     Args:
-        verify: what is checked of a shard when it is first opened: its size, or all of its bytes. Each member's
-            own checksum is checked whenever it is read.
+        cache: where remote shards are held.
+        verify: what is checked of a local shard when it is first opened: its size, or all of its bytes. Each
+            member's own checksum is checked whenever it is read.
         max_open_files: least recently used shards are closed above this number.
     """
 
-    def __init__(self, shards: Sequence[Shard], *, verify: Verify = "size", max_open_files: int = 128) -> None:
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        cache: NodeCache | None = None,
+        *,
+        verify: Verify = "size",
+        max_open_files: int = 128,
+    ) -> None:
         self._shards = shards
+        self._cache = NodeCache() if cache is None else cache
+        self._counts = ReadCounts()
         self._verify, self._verified = verify, set[int]()
         self._max_open_files = max_open_files
         self._descriptors: OrderedDict[int, int] = OrderedDict()
@@ -108,6 +119,7 @@ class ShardReader:
         if num_bytes > MAX_MEMBER_BYTES:
             raise BadSampleError(f"{member} has {num_bytes} bytes, more than {MAX_MEMBER_BYTES}", "too_large")
         content = os.pread(self._descriptor(shard), num_bytes, offset)
+        self._counts.bytes_read += len(content)
         if len(content) != num_bytes:
             raise BadSampleError(f"{member} is cut short", "cut_short")
         if checksum(member, content) != expected:
@@ -119,7 +131,7 @@ class ShardReader:
             self._descriptors.move_to_end(shard)
             return self._descriptors[shard]
         path, index = self._shards[shard].path, self._shards[shard].index
-        descriptor = os.open(storage.local_copy(path, index.shard_bytes, index.sha256), os.O_RDONLY)
+        descriptor = self._cache.open(path, num_bytes=index.shard_bytes, sha256=index.sha256, counts=self._counts)
         found_bytes = os.fstat(descriptor).st_size
         if found_bytes != index.shard_bytes:
             os.close(descriptor)
@@ -145,6 +157,17 @@ class ShardReader:
                 f"{storage.public_name(shard.path)} has changed since its index was made (SHA-256): "
                 "build or copy the shard again"
             )
+
+    def take_counts(self) -> ReadCounts:
+        """What reading cost since the last call."""
+        taken, self._counts = self._counts, ReadCounts()
+        return taken
+
+    def close_removed(self) -> None:
+        """Close remote shards that the cache has removed: for as long as they are open, they take up its disk."""
+        for shard, descriptor in list(self._descriptors.items()):
+            if storage.is_remote(self._shards[shard].path) and os.fstat(descriptor).st_nlink == 0:
+                os.close(self._descriptors.pop(shard))
 
     def close(self) -> None:
         """Close the shards' files; the next read opens them again."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from audiotext_dist import storage
-from audiotext_dist.data.sample import METADATA_MEMBER, ClipMetadata, checksum, split_member
+from audiotext_dist.data.cache import NodeCache
+from audiotext_dist.data.sample import METADATA_MEMBER, ClipMetadata, checksum, is_member, split_member
 from audiotext_dist.errors import UserError
 
 INDEX_VERSION = 2
@@ -25,6 +28,7 @@ SHARD_SUFFIX = ".tar"
 INDEX_SUFFIX = ".index.json"
 # A build leaves its options in this file: in such a folder a tar without an index is not finished.
 BUILD_SETTINGS = "build.json"
+NUM_INDEX_READERS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +123,8 @@ def scan_tar(path: Path, shard_name: str) -> ShardIndex:
 
     A clip whose JSON cannot be read is its own recording; the reader passes it over.
 
+    Members of other names than a sample's are passed over, as shards from elsewhere may hold them.
+
     Raises:
         UserError: the file is no tar, is cut short or damaged, or holds a member twice.
     """
@@ -127,9 +133,9 @@ def scan_tar(path: Path, shard_name: str) -> ShardIndex:
     try:
         with tarfile.open(path, "r:") as tar:
             for entry in tar:
-                if not entry.isfile():
-                    continue
                 key, member = split_member(entry.name)
+                if not (entry.isfile() and is_member(member)):
+                    continue
                 if member in rows.setdefault(key, {}):
                     raise UserError(f"{shard_name} holds '{entry.name}' twice: give each clip a key of its own")
                 file = tar.extractfile(entry)
@@ -137,6 +143,7 @@ def scan_tar(path: Path, shard_name: str) -> ShardIndex:
                 content = file.read()
                 rows[key][member] = (entry.offset_data, entry.size, checksum(member, content))
                 if member == METADATA_MEMBER:
+                    # A clip with broken JSON is passed over where it is read, and told then.
                     with contextlib.suppress(ValueError):
                         recordings[key] = ClipMetadata.from_json(content, key).recording
             end_of_members = tar.offset
@@ -176,26 +183,49 @@ def _ends_as_a_tar(path: Path, end_of_members: int) -> bool:
     return num_zeros >= 2 * tarfile.BLOCKSIZE and num_zeros % tarfile.BLOCKSIZE == 0
 
 
-def load_shards(spec: str) -> list[Shard]:
+def load_shards(spec: str, cache: NodeCache | None = None) -> list[Shard]:
     """The shards a user's spec names (folder, glob, braces), each with its index, in a fixed order.
 
     Raises:
         UserError: nothing there, an unfinished shard of one of our builds, or an index of other content.
     """
-    shards = []
-    is_ours = lru_cache(lambda folder: storage.exists(storage.join(folder, BUILD_SETTINGS)))
-    for path in storage.expand(spec, SHARD_SUFFIX):
+    cache = NodeCache() if cache is None else cache
+    is_ours = lru_cache(lambda folder: storage.exists(storage.join(folder, BUILD_SETTINGS), cache.retry))
+
+    def load(path: str) -> Shard:
         folder, _, name = path.rpartition("/")
         beside = index_path(path)
-        if storage.exists(beside):
-            index = ShardIndex.from_json(storage.read_bytes(beside), storage.public_name(beside))
+        if storage.exists(beside, cache.retry):
+            index = ShardIndex.from_json(storage.read_bytes(beside, cache.retry), storage.public_name(beside))
             _check_belongs(path, name, index)
         elif is_ours(folder or "."):
             raise UserError(f"{storage.public_name(path)} is not finished: run its build again to the end")
         else:
-            index = scan_tar(storage.local_copy(path), name)
-        shards.append(Shard(path=path, index=index))
-    return shards
+            index = _scanned_index(path, name, cache)
+        return Shard(path=path, index=index)
+
+    paths = storage.expand(spec, SHARD_SUFFIX, cache.retry)
+    # A remote index is two answers of a server: many are asked for at once.
+    with ThreadPoolExecutor(NUM_INDEX_READERS if storage.is_remote(paths[0]) else 1) as readers:
+        return list(readers.map(load, paths))
+
+
+def _scanned_index(path: str, name: str, cache: NodeCache) -> ShardIndex:
+    """The index of a tar from elsewhere: found by a scan, then kept in the cache while the tar stays the same.
+
+    A remote tar is fetched for it whole: a scan needs a request a member and its checksum every byte, and
+    training reads it from the cache soon after.
+    """
+
+    def scan() -> bytes:
+        descriptor = cache.open(path)
+        try:
+            return scan_tar(Path(f"/proc/self/fd/{descriptor}"), name).to_json()
+        finally:
+            os.close(descriptor)
+
+    identity = json.dumps(storage.identity(path, cache.retry), sort_keys=True)
+    return ShardIndex.from_json(cache.note(path, INDEX_SUFFIX, identity, scan), storage.public_name(path))
 
 
 def _check_belongs(path: str, name: str, index: ShardIndex) -> None:

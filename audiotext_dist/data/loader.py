@@ -11,8 +11,8 @@ from __future__ import annotations
 import copy
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -20,11 +20,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from audiotext_dist import storage
 from audiotext_dist.data.bad_samples import BadSample, BadSampleError
+from audiotext_dist.data.cache import NodeCache, ReadCounts
 from audiotext_dist.data.decode import Clip, DecodeConfig, ShardReader, decode_clip
 from audiotext_dist.data.index import Shard
 from audiotext_dist.data.plan import Plan, Slot, evaluation_slots
+from audiotext_dist.data.prefetch import Prefetcher
 from audiotext_dist.data.sample import ClipMetadata
-from audiotext_dist.distributed import World
+from audiotext_dist.distributed import World, raise_together
 from audiotext_dist.errors import UserError
 
 Tokenize = Callable[[list[str]], torch.Tensor]
@@ -38,7 +40,8 @@ class Batch:
     """One rank's part of a global batch: B clips.
 
     waveform_BS int16, num_valid_samples_B int64, frames_BLHWC uint8 (L may be 0), mask_uniforms_B4
-    float32, tokens_BC int64 or None without a text tower; the rest are plain lists of length B.
+    float32, tokens_BC int64 or None without a text tower; the rest are plain lists of length B, but for counts,
+    which say what the process that made the batch has read since the one before.
     """
 
     keys: list[str]
@@ -50,6 +53,7 @@ class Batch:
     mask_uniforms_B4: torch.Tensor
     tokens_BC: torch.Tensor | None
     bad_samples: list[BadSample]
+    counts: ReadCounts = field(default_factory=ReadCounts)
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory (called by the DataLoader)."""
@@ -83,12 +87,16 @@ class TrainingBatches(Dataset[Batch]):
         seed: int,
         world: World,
         tokenize: Tokenize | None,
+        cache: NodeCache | None = None,
     ) -> None:
         self._shards = [shard for shards in sets for shard in shards]
-        self._reader = ShardReader(self._shards, verify=decode.verify)
-        self._plan_of = lru_cache(maxsize=2)(plan_of)  # this epoch's, and that of the batches read ahead
-        self._num_batches = plan_of(0).num_batches
+        cache = NodeCache() if cache is None else cache
+        self._reader = ShardReader(self._shards, cache, verify=decode.verify)
+        self._plan_of = lru_cache(maxsize=4)(plan_of)  # the first epoch's, the last one's, this one's, the next one's
+        self._num_batches = self._plan_of(0).num_batches
         self._decode, self._seed, self._world, self._tokenize = decode, seed, world, tokenize
+        ahead = partial(_shards_ahead, self._plan_of, world)
+        self._prefetcher = Prefetcher(cache, self._shards, ahead, max_bytes=cache.max_bytes // world.local_size)
 
     def __getitem__(self, step: int) -> Batch:
         """The batch; every slot is filled.
@@ -96,11 +104,16 @@ class TrainingBatches(Dataset[Batch]):
         Raises:
             UserError: so many samples in a row cannot be decoded that the set must be broken.
         """
+        self._reader.close_removed()
+        self._prefetcher.advance(step)
         bad_samples: list[BadSample] = []
         clips = [
             self._decode_or_replace(step, place, slot, bad_samples) for place, slot in enumerate(self._own_slots(step))
         ]
-        return collate(clips, bad_samples, self._tokenize)
+        batch = collate(clips, bad_samples, self._tokenize)
+        batch.counts = self._reader.take_counts()
+        batch.counts += self._prefetcher.take_counts()
+        return batch
 
     def _own_slots(self, step: int) -> list[Slot]:
         epoch, number = divmod(step, self._num_batches)
@@ -137,13 +150,17 @@ class EvaluationBatches(Dataset[Batch]):
         *,
         world: World,
         batch_size: int,
+        cache: NodeCache | None = None,
     ) -> None:
         assert not decode.random, "evaluation takes fixed crops and frames"
         self._shards = shards
-        self._reader = ShardReader(shards, verify=decode.verify)
+        cache = NodeCache() if cache is None else cache
+        self._reader = ShardReader(shards, cache, verify=decode.verify)
         self._decode = decode
         slots = evaluation_slots([shard.index.num_samples for shard in shards], rank=world.rank, world_size=world.size)
         self._batches = [slots[start : start + batch_size] for start in range(0, len(slots), batch_size)]
+        ahead = partial(_shards_of, self._batches)
+        self._prefetcher = Prefetcher(cache, shards, ahead, max_bytes=cache.max_bytes // world.local_size)
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -154,6 +171,8 @@ class EvaluationBatches(Dataset[Batch]):
         Raises:
             UserError: a clip cannot be decoded; a silently smaller test set would not compare.
         """
+        self._reader.close_removed()
+        self._prefetcher.advance(number)
         return collate([self._decode_slot(slot) for slot in self._batches[number]], [], None)
 
     def _decode_slot(self, slot: Slot) -> Clip:
@@ -165,6 +184,17 @@ class EvaluationBatches(Dataset[Batch]):
             raise UserError(
                 f"clip {key} of {storage.public_name(shard.path)} cannot be evaluated ({error}): rebuild that shard"
             ) from None
+
+
+def _shards_ahead(plan_of: Callable[[int], Plan], world: World, step: int) -> Iterator[int]:
+    """The shards that a rank needs from a step of the run on, until the next epoch's end."""
+    epoch, number = divmod(step, plan_of(0).num_batches)
+    for each, first in ((epoch, number), (epoch + 1, 0)):
+        yield from plan_of(each).shards_ahead(first, rank=world.rank, world_size=world.size)
+
+
+def _shards_of(batches: Sequence[Sequence[Slot]], number: int) -> Iterator[int]:
+    return (slot.shard for batch in batches[number:] for slot in batch)
 
 
 def collate(clips: Sequence[Clip], bad_samples: list[BadSample], tokenize: Tokenize | None) -> Batch:
@@ -181,6 +211,24 @@ def collate(clips: Sequence[Clip], bad_samples: list[BadSample], tokenize: Token
         tokens_BC=tokenize(captions) if tokenize is not None else None,
         bad_samples=bad_samples,
     )
+
+
+def in_step(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches; a rank that cannot have its next one ends the others as well, instead of leaving them to wait.
+
+    Raises:
+        UserError: on every rank, what one of them has met.
+    """
+    while True:
+        batch, error = None, None
+        try:
+            batch = next(batches, None)
+        except UserError as met:
+            error = met
+        raise_together(error)
+        if batch is None:
+            return
+        yield batch
 
 
 class _ErrorsAsItems(Dataset[Batch | UserError]):

@@ -15,7 +15,7 @@ keyed by (seed, epoch, ...), so any batch is found without those before it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -126,6 +126,22 @@ class Plan:
             self._slot(lane, window, position)
             for lane, window, position in zip(lanes.tolist(), windows.tolist(), positions.tolist(), strict=True)
         ]
+
+    def shards_ahead(self, number: int, *, rank: int, world_size: int) -> Iterator[int]:
+        """The shards that this rank's lanes read from a global batch on, in the order in which they are needed.
+
+        A window's shards are needed together, so these go first for every lane, then the next window's.
+        """
+        num_own = self._num_lanes // world_size
+        lanes = np.arange(rank * num_own, (rank + 1) * num_own)
+        here = self._entry_at(lanes * self._lane_length + number * self._lane_batch)
+        window_starts = here - (here - self._first_entries[lanes]) % self._window_shards
+        last_entries = self._entry_at((lanes + 1) * self._lane_length - 1)
+        entries = list(zip(window_starts.tolist(), last_entries.tolist(), strict=True))
+        while entries:
+            for window, last in entries:
+                yield from map(int, self._shards[window : min(window + self._window_shards, last + 1)])
+            entries = [(w + self._window_shards, last) for w, last in entries if w + self._window_shards <= last]
 
     def _stream_entries(
         self, set_sizes: Sequence[Sequence[int]], set_weights: Sequence[float]

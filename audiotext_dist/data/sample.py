@@ -20,6 +20,7 @@ METADATA_MEMBER = "json"
 FRAME_SUFFIX = ".jpg"
 FLAC_HEADER_BYTES = 4096  # and more
 
+_FRAME_MEMBER = re.compile(rf"[0-9]+{re.escape(FRAME_SUFFIX)}")
 _UNSAFE_IN_KEY = re.compile(r"[^A-Za-z0-9_-]+")
 MAX_KEY_LENGTH = 120
 
@@ -27,6 +28,11 @@ MAX_KEY_LENGTH = 120
 def frame_member(frame: int) -> str:
     """Member name of the frame with this number: ``0.jpg``, ``1.jpg``, ..."""
     return f"{frame}{FRAME_SUFFIX}"
+
+
+def is_member(name: str) -> bool:
+    """True for the member names of a sample: any other is not ours, and passed over."""
+    return name in (AUDIO_MEMBER, METADATA_MEMBER) or bool(_FRAME_MEMBER.fullmatch(name))
 
 
 def split_member(tar_name: str) -> tuple[str, str]:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from audiotext_dist import storage
 from audiotext_dist.data.bad_samples import BadSampleError
+from audiotext_dist.data.cache import NodeCache, default_folder
 from audiotext_dist.data.decode import DecodeConfig, FrameChoice, ShardReader, Verify, decode_metadata
 from audiotext_dist.data.index import Shard, load_shards
 from audiotext_dist.data.plan import Plan, check_lanes, default_num_lanes
 from audiotext_dist.data.sample import AUDIO_MEMBER, METADATA_MEMBER, ClipMetadata, frame_member
+from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError, require_positive
+from audiotext_dist.retry import RetryConfig
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +41,11 @@ class SetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which clips are read, and how."""
+    """Which clips are read, and how.
+
+    cache_dir, cache_bytes: where a node holds remote shards, and how much of them. fetch_retries,
+    fetch_stall_seconds: attempts after the first at what a server refuses, and how long one may send nothing.
+    """
 
     train: dict[str, SetConfig] = field(default_factory=dict)
     validation: dict[str, SetConfig] = field(default_factory=dict)
@@ -48,6 +58,10 @@ class DataConfig:
     max_bad_share: float = 0.01  # of the samples read so far; above it, and ten of them, the run stops
     max_audio_seconds: float = 3600.0  # a longer sound is a bad sample
     verify: Verify = "size"  # of a local shard when it is opened; sha256 reads it whole once a worker
+    cache_dir: str = field(default_factory=default_folder)
+    cache_bytes: int = NodeCache.max_bytes
+    fetch_retries: int = RetryConfig.retries
+    fetch_stall_seconds: float = RetryConfig.stall_seconds
 
     def __post_init__(self) -> None:
         for name, chosen in {**self.train, **self.validation}.items():
@@ -59,10 +73,20 @@ class DataConfig:
                 f"data.max_audio_seconds={self.max_audio_seconds:g} must be finite and at least data.clip_seconds="
                 f"{self.clip_seconds:g}"
             )
+        require_positive(self, "data", "cache_bytes", "fetch_stall_seconds")
+        if storage.is_remote(self.cache_dir):
+            raise UserError(f"data.cache_dir={storage.public_name(self.cache_dir)} is remote: give a local folder")
+        if self.fetch_retries < 0:
+            raise UserError(f"data.fetch_retries={self.fetch_retries} must be 0 or more")
         if not 0 <= self.max_bad_share <= 1:
             raise UserError(f"data.max_bad_share={self.max_bad_share} must lie in [0, 1]")
         if self.num_workers < 0:
             raise UserError(f"data.num_workers={self.num_workers} must be 0 or more")
+
+    def node_cache(self) -> NodeCache:
+        """The cache's part of this configuration."""
+        retry = RetryConfig(retries=self.fetch_retries, stall_seconds=self.fetch_stall_seconds)
+        return NodeCache(folder=self.cache_dir, max_bytes=self.cache_bytes, retry=retry)
 
     def decode_config(
         self, *, audio: bool = True, frames: FrameChoice, frame_pixels: int, random: bool
@@ -90,7 +114,7 @@ def open_sets(sets: dict[str, SetConfig], config: DataConfig, *, frames: bool, c
     opened = []
     for name, chosen in sets.items():
         try:
-            shards = load_shards(chosen.shards)
+            shards = load_shards(chosen.shards, config.node_cache())
         except UserError as error:
             raise UserError(f"data set '{name}': {error}") from None
         shards = [shard for shard in shards if shard.index.num_samples]
@@ -109,7 +133,7 @@ def _check_first_shard(name: str, shard: Shard, config: DataConfig, *, frames: b
             f"data set '{name}' has no {', '.join(missing)} in its first shard: "
             "build it with as many frames as data.num_frames, or choose another task"
         )
-    metadata = _first_metadata(name, shard)
+    metadata = _first_metadata(name, shard, config.node_cache())
     if metadata.sample_rate not in (0, config.sample_rate_hz):
         raise UserError(
             f"data set '{name}' was built at {metadata.sample_rate} Hz: set data.sample_rate_hz to that, "
@@ -119,15 +143,36 @@ def _check_first_shard(name: str, shard: Shard, config: DataConfig, *, frames: b
         raise UserError(f"data set '{name}' has no captions, and this task needs them: choose another set or task")
 
 
-def _first_metadata(name: str, shard: Shard) -> ClipMetadata:
+def _first_metadata(name: str, shard: Shard, cache: NodeCache) -> ClipMetadata:
     """The JSON of the shard's first clip that can be read: a broken one says nothing of the set."""
-    with contextlib.closing(ShardReader([shard])) as reader:
+    with contextlib.closing(ShardReader([shard], cache)) as reader:
         for row, key in enumerate(shard.index.keys):
             with contextlib.suppress(BadSampleError):
                 return decode_metadata(reader.read(0, row, METADATA_MEMBER), key)
     raise UserError(
         f"data set '{name}': no json of {storage.public_name(shard.path)} can be read: build or copy it again"
     )
+
+
+def warn_of_small_cache(
+    sets: Sequence[Sequence[Shard]], config: DataConfig, *, global_batch_size: int, world: World
+) -> None:
+    """Say so where the shards that this node reads at once are more than its cache holds."""
+    remote = [shard.index.shard_bytes for shards in sets for shard in shards if storage.is_remote(shard.path)]
+    if not remote:
+        return
+    lanes = (config.num_lanes or default_num_lanes(global_batch_size)) * world.local_size / world.size
+    at_once_bytes = int(min(lanes * config.window_shards, len(remote)) * sum(remote) / len(remote))
+    if at_once_bytes > config.cache_bytes:
+        _log.warning(
+            "data.cache_bytes=%d is less than the %d bytes of remote shards that this node reads at once "
+            "(%d lanes of %d shards), so shards are fetched again and again: raise it to twice that, or lower "
+            "data.window_shards or data.num_lanes",
+            config.cache_bytes,
+            at_once_bytes,
+            lanes,
+            config.window_shards,
+        )
 
 
 def make_plan(

@@ -21,7 +21,7 @@ from audiotext_dist import storage
 from audiotext_dist.data.index import Shard
 from audiotext_dist.data.loader import Batch, EvaluationBatches, iterate
 from audiotext_dist.data.sets import DataConfig, SetConfig
-from audiotext_dist.distributed import World, gather_items
+from audiotext_dist.distributed import World, gather_items, raise_together
 from audiotext_dist.errors import UserError
 from audiotext_dist.evaluation.metrics import chance_metrics, retrieval_metrics
 from audiotext_dist.models.dual_encoder import DualEncoder, Task
@@ -89,10 +89,15 @@ def evaluate_set(
         frame_pixels=model.frame_pixels,
         random=False,
     )
-    batches = EvaluationBatches(shards, decode, world=world, batch_size=batch_size)
+    batches = EvaluationBatches(shards, decode, world=world, batch_size=batch_size, cache=data.node_cache())
     own: list[EmbeddedClip] = []
-    for batch in iterate(batches, range(len(batches)), num_workers=data.num_workers, device=world.device):
-        own += _embed(model, task, batch)
+    error: UserError | None = None
+    try:
+        for batch in iterate(batches, range(len(batches)), num_workers=data.num_workers, device=world.device):
+            own += _embed(model, task, batch)
+    except UserError as met:
+        error = met
+    raise_together(error)
     model.train(was_training)
     # Sorted by key, the rows stand in the same order for every world size.
     clips = sorted((clip for share in gather_items(own) for clip in share), key=lambda clip: clip.key)

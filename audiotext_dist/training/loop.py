@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from audiotext_dist import configuration, storage
 from audiotext_dist.data.bad_samples import BadSampleCount
-from audiotext_dist.data.loader import Batch, TrainingBatches, iterate
-from audiotext_dist.distributed import World, barrier, min_and_max_over_ranks
+from audiotext_dist.data.cache import ReadCounts
+from audiotext_dist.data.loader import Batch, TrainingBatches, in_step, iterate
+from audiotext_dist.distributed import World, barrier, min_and_max_over_ranks, sums_over_ranks
 from audiotext_dist.evaluation import report
 from audiotext_dist.evaluation.retrieval import RetrievalResult, evaluate_set
 from audiotext_dist.training import checkpoint
@@ -104,7 +105,7 @@ class _Run:
         ) as bar:
             meter = _Meter(self._world, recipe.training.global_batch_size)
             self._engine.train()
-            for batch in meter.waiting_for(self._batches()):
+            for batch in in_step(meter.waiting_for(self._batches())):
                 share = schedule(
                     self._step,
                     warmup_steps=round(recipe.optim.warmup_epochs * self._steps_an_epoch),
@@ -146,13 +147,14 @@ class _Run:
             seed=self._recipe.training.seed,
             world=self._world,
             tokenize=None if text is None else text.tokenize,
+            cache=data.node_cache(),
         )
         steps_left = range(self._step, self._last_step)
         return iterate(batches, steps_left, num_workers=data.num_workers, device=self._world.device)
 
     def _log_step(self, result: StepResult, meter: _Meter, bar: tqdm) -> None:
         epoch = self._step / self._steps_an_epoch
-        clips_per_second, waiting_min, waiting_max = meter.read()
+        read = meter.read()
         learning_rates = [group["lr"] for group in self._engine.param_groups]
         self._tracker.log(
             self._step,
@@ -163,16 +165,17 @@ class _Run:
                 "train/epoch": epoch,
                 "optim/weight_lr": learning_rates[0],
                 "optim/bias_lr": learning_rates[-1],
-                "data/clips_per_second": clips_per_second,
-                "data/waiting_share_min": waiting_min,
-                "data/waiting_share_max": waiting_max,
+                **{f"data/{name}": value for name, value in read.items()},
                 **{f"data/{name}": count for name, count in self._bad_samples.check().items()},
             },
         )
         shown = (
-            f"epoch {epoch:.1f}, loss {result.loss:.3f}, lr {learning_rates[0]:.1e}, {clips_per_second:.0f} clips/s, "
-            f"waiting {100 * waiting_max:.0f}%"
+            f"epoch {epoch:.1f}, loss {result.loss:.3f}, lr {learning_rates[0]:.1e}, "
+            f"{read['clips_per_second']:.0f} clips/s, {read['read_bytes_per_second'] / 1e6:.1f} MB/s, "
+            f"waiting {100 * read['waiting_share_max']:.0f}%"
         )
+        if read["cache_hits"] + read["cache_misses"] + read["prefetch_waits"]:
+            shown += f", fetched {read['fetched_bytes_per_second'] / 1e6:.1f} MB/s, waits {read['prefetch_waits']:.0f}"
         bar.set_postfix_str(shown, refresh=False)
         if bar.disable and self._world.is_main:
             _log.info("step %d of %d, %s", self._step, self._last_step, shown)
@@ -223,13 +226,14 @@ class _Run:
 
 
 class _Meter:
-    """Clips a second, and the share of time a rank waits for its data, since it was last read."""
+    """What the data cost since it was last read: clips a second, share of time that ranks wait, bytes, cache."""
 
     def __init__(self, world: World, global_batch_size: int) -> None:
         self._world, self._global_batch_size = world, global_batch_size
         self._start = time.perf_counter()
         self._waited_seconds = 0.0
         self._num_batches = 0
+        self._counts = ReadCounts()
 
     def waiting_for(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches, each wait measured."""
@@ -240,6 +244,7 @@ class _Meter:
                 return
             self._waited_seconds += time.perf_counter() - before
             self._num_batches += 1
+            self._counts += batch.counts
             yield batch
 
     @contextlib.contextmanager
@@ -249,11 +254,22 @@ class _Meter:
         yield
         self._start += time.perf_counter() - before
 
-    def read(self) -> tuple[float, float, float]:
-        """(clips a second over all ranks, least and greatest waiting share of the ranks); starts anew."""
+    def read(self) -> dict[str, float]:
+        """Name -> figure over all ranks; starts anew. Bytes are those of the workers, which are some batches ahead."""
         now = time.perf_counter()
         seconds = now - self._start
         least, greatest = min_and_max_over_ranks(self._waited_seconds / seconds, self._world.device)
-        clips_per_second = self._num_batches * self._global_batch_size / seconds
-        self._start, self._waited_seconds, self._num_batches = now, 0.0, 0
-        return clips_per_second, least, greatest
+        sums = sums_over_ranks(dataclasses.astuple(self._counts), self._world.device)
+        counts = ReadCounts(*sums)
+        figures = {
+            "clips_per_second": self._num_batches * self._global_batch_size / seconds,
+            "waiting_share_min": least,
+            "waiting_share_max": greatest,
+            "read_bytes_per_second": counts.bytes_read / seconds,
+            "fetched_bytes_per_second": counts.bytes_fetched / seconds,
+            "cache_hits": counts.cache_hits,
+            "cache_misses": counts.cache_misses,
+            "prefetch_waits": counts.prefetch_waits,
+        }
+        self._start, self._waited_seconds, self._num_batches, self._counts = now, 0.0, 0, ReadCounts()
+        return figures

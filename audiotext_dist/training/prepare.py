@@ -13,7 +13,7 @@ import torch
 
 from audiotext_dist.data.index import Shard
 from audiotext_dist.data.plan import Plan
-from audiotext_dist.data.sets import make_plan, open_sets
+from audiotext_dist.data.sets import make_plan, open_sets, warn_of_small_cache
 from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError
 from audiotext_dist.evaluation.retrieval import check_relevance
@@ -89,6 +89,8 @@ def prepare(recipe: Recipe, world: World) -> Prepared:
         validation_sets=dict(zip(recipe.data.validation, validation_sets, strict=True)),
     )
     prepared.plan(epoch=0)
+    if world.local_rank == 0:
+        warn_of_small_cache(train_sets, recipe.data, global_batch_size=recipe.training.global_batch_size, world=world)
     return prepared
 
 

@@ -18,7 +18,7 @@ import webdataset
 from audiotext_dist import storage
 from audiotext_dist.data.index import ShardIndex
 from audiotext_dist.data.sample import Sample
-from shards.report import REPORT_NAME, row_report, to_parquet
+from shards.report import REPORT_NAME, row_report, to_parquet, to_table
 from shards.verify import Verification, VerifyConfig, verify
 from tests.clips import make_sample, write_shards
 
@@ -204,7 +204,7 @@ def test_lost_tars_are_missed_by_their_index_or_by_the_report(tmp_path: Path) ->
     assert kinds(check(train=folder)) == ["missing_shard"]
     (folder / "00001.index.json").unlink()
     rows = [row_report(row, f"clip {row}", make_sample(row), f"0000{row // 3}.tar") for row in range(6)]
-    (folder / REPORT_NAME).write_bytes(to_parquet(rows))
+    (folder / REPORT_NAME).write_bytes(to_parquet(to_table(rows)))
     result = check(train=folder)
     assert kinds(result) == ["missing_shard"]
     assert result.findings[0].detail == "the report has 3 clips in it"

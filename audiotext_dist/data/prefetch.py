@@ -1,0 +1,151 @@
+"""Remote shards fetched before they are read, along the plan, by one thread of each process that reads."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterable, Sequence
+
+from audiotext_dist import storage
+from audiotext_dist.data.cache import NodeCache, ReadCounts
+from audiotext_dist.data.index import Shard
+from audiotext_dist.errors import UserError
+
+Upcoming = Callable[[int], Iterable[int]]
+
+
+class Prefetcher:
+    """Keeps the shards that come next in the node's cache; it may cross into worker processes.
+
+    The workers of a rank each have one, at about the same place of the plan: they share the work, since what
+    one is fetching the others pass over.
+
+    Args:
+        upcoming: the shards that are needed from a step on, in order. It must not refer to who owns this prefetcher.
+        max_bytes: how far it looks ahead; a share of the cache, so that no rank drives out what another needs.
+    """
+
+    def __init__(self, cache: NodeCache, shards: Sequence[Shard], upcoming: Upcoming, *, max_bytes: int) -> None:
+        self._cache, self._shards, self._upcoming, self._max_bytes = cache, shards, upcoming, max_bytes
+        self._has_remote = any(storage.is_remote(shard.path) for shard in shards)
+        self._thread: _Thread | None = None
+        self._process = 0
+
+    def advance(self, step: int) -> None:
+        """Say which step is read now. Returns at once."""
+        if not self._has_remote:
+            return
+        if self._process != os.getpid():  # threads do not come along into a forked worker
+            self._process = os.getpid()
+            self._thread = _Thread(self._cache, self._shards, self._upcoming, self._max_bytes)
+            self._thread.start()
+        assert self._thread is not None
+        self._thread.advance(step)
+
+    def wait_until_idle(self) -> None:
+        """Wait until all that is wanted at the present step has been fetched, or could not be."""
+        if self._thread is not None:
+            self._thread.wait_until_idle()
+
+    def take_counts(self) -> ReadCounts:
+        """What was fetched since the last call."""
+        return ReadCounts() if self._thread is None else self._thread.take_counts()
+
+    def __del__(self) -> None:
+        if self._thread is not None and self._process == os.getpid():
+            self._thread.end()
+
+    def __getstate__(self) -> dict[str, object]:
+        # Threads belong to one process.
+        return {**self.__dict__, "_thread": None, "_process": 0}
+
+
+class _Thread(threading.Thread):
+    """Goes where it was last told to: newer steps stand in for those that it did not get to."""
+
+    def __init__(self, cache: NodeCache, shards: Sequence[Shard], upcoming: Upcoming, max_bytes: int) -> None:
+        super().__init__(name="prefetch", daemon=True)
+        self._cache, self._shards, self._upcoming, self._max_bytes = cache, shards, upcoming, max_bytes
+        self._remote_bytes = sum(shard.index.shard_bytes for shard in shards if storage.is_remote(shard.path))
+        self._changed = threading.Condition()
+        self._step: int | None = None
+        self._is_idle, self._is_over = True, False
+        self._counts = ReadCounts()
+        self._wanted: dict[int, bool] = {}  # shard -> whether it needs no more care here
+
+    def advance(self, step: int) -> None:
+        with self._changed:
+            self._step, self._is_idle = step, self._is_over
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        with self._changed:
+            self._is_over = True
+            self._changed.notify_all()
+
+    def wait_until_idle(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_idle)
+
+    def take_counts(self) -> ReadCounts:
+        with self._changed:
+            taken, self._counts = self._counts, ReadCounts()
+        return taken
+
+    def run(self) -> None:
+        # A folder that cannot be used: whoever reads a shard meets the same, and tells.
+        with contextlib.suppress(UserError, OSError), self._cache.wishes() as say:
+            while (step := self._next_step()) is not None:
+                self._fetch_from(step, say)
+        with self._changed:
+            self._is_over = self._is_idle = True
+            self._changed.notify_all()
+
+    def _next_step(self) -> int | None:
+        """Wait for a step to go to, or None in the end."""
+        with self._changed:
+            self._is_idle = self._step is None
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._step is not None or self._is_over)
+            step, self._step = self._step, None
+            return None if self._is_over else step
+
+    def _fetch_from(self, step: int, say: Callable[[Iterable[str]], None]) -> None:
+        """Fetch what is missing, until there is a newer step to begin with."""
+        wanted = self._within_budget(step)
+        if wanted != list(self._wanted):
+            say(self._shards[shard].path for shard in wanted)
+        # What was driven out again is not fetched twice: where the cache is too small that would never end.
+        self._wanted = {shard: self._wanted.get(shard, False) for shard in wanted}
+        for shard, is_done in self._wanted.items():
+            if self._step is not None or self._is_over:
+                return
+            if not is_done:
+                self._wanted[shard] = self._fetch(self._shards[shard])
+
+    def _within_budget(self, step: int) -> list[int]:
+        wanted: dict[int, None] = {}
+        num_bytes = 0
+        for shard in self._upcoming(step):
+            if shard in wanted or not storage.is_remote(self._shards[shard].path):
+                continue
+            num_bytes += self._shards[shard].index.shard_bytes
+            if num_bytes > self._max_bytes:
+                break
+            wanted[shard] = None
+            if num_bytes >= self._remote_bytes:  # the whole set: all that follow are repetitions
+                break
+        return list(wanted)
+
+    def _fetch(self, shard: Shard) -> bool:
+        counts = ReadCounts()
+        try:
+            return self._cache.fetch_ahead(
+                shard.path, num_bytes=shard.index.shard_bytes, sha256=shard.index.sha256, counts=counts
+            )
+        except UserError:
+            return True  # whoever reads this shard asks again, and tells
+        finally:
+            with self._changed:
+                self._counts += counts

@@ -1,0 +1,43 @@
+"""What the loop logs of its data."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from audiotext_dist.data.cache import ReadCounts
+from audiotext_dist.data.loader import Batch
+from audiotext_dist.distributed import World
+from audiotext_dist.training.loop import _Meter
+
+
+def batch_with(counts: ReadCounts) -> Batch:
+    batch = copy.copy(_EMPTY)
+    batch.counts = counts
+    return batch.to(torch.device("cpu"))
+
+
+_EMPTY = Batch(
+    keys=[],
+    metadata=[],
+    captions=[],
+    waveform_BS=torch.zeros(0, 0),
+    num_valid_samples_B=torch.zeros(0),
+    frames_BLHWC=torch.zeros(0, 0, 0, 0, 3),
+    mask_uniforms_B4=torch.zeros(0, 4),
+    tokens_BC=None,
+    bad_samples=[],
+)
+
+
+def test_the_meter_adds_what_the_workers_counted_and_starts_anew() -> None:
+    meter = _Meter(World(), global_batch_size=4)
+    first = ReadCounts(bytes_read=100, bytes_fetched=1000, cache_hits=1, cache_misses=2, prefetch_waits=3)
+    second = ReadCounts(bytes_read=300, bytes_fetched=0, cache_hits=10, cache_misses=0, prefetch_waits=1)
+    assert len(list(meter.waiting_for(iter([batch_with(first), batch_with(second)])))) == 2
+    read = meter.read()
+    assert (read["cache_hits"], read["cache_misses"], read["prefetch_waits"]) == (11, 2, 4)
+    assert round(read["read_bytes_per_second"] / read["fetched_bytes_per_second"], 6) == 0.4
+    assert round(read["read_bytes_per_second"] / read["clips_per_second"], 6) == 50
+    assert not any(meter.read()[name] for name in read if "cache" in name or "bytes" in name or "waits" in name)
