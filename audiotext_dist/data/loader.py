@@ -8,15 +8,16 @@
 
 from __future__ import annotations
 
-import copy
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from audiotext_dist import storage
 from audiotext_dist.data.bad_samples import BadSample, BadSampleError
@@ -32,6 +33,7 @@ from audiotext_dist.errors import UserError
 Tokenize = Callable[[list[str]], torch.Tensor]
 MAX_REPLACEMENTS = 64
 MAX_KEPT_BYTES = 256 << 20
+SMALL_TENSOR_BYTES = 1 << 16
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -64,11 +66,21 @@ class Batch:
         return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def _with_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        changed = copy.copy(self)
-        for name, value in vars(self).items():
-            if isinstance(value, torch.Tensor):
-                setattr(changed, name, change(value))
-        return changed
+        changed: dict[str, Any] = {
+            name: change(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **changed)
+
+    # A tensor comes out of a worker through shared memory and a socket of its own: small ones go as plain bytes.
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            name: value.numpy() if isinstance(value, torch.Tensor) and value.nbytes < SMALL_TENSOR_BYTES else value
+            for name, value in vars(self).items()
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, torch.from_numpy(value) if isinstance(value, np.ndarray) else value)
 
 
 class TrainingBatches(Dataset[Batch]):
@@ -204,13 +216,19 @@ def collate(clips: Sequence[Clip], bad_samples: list[BadSample], tokenize: Token
         keys=[clip.key for clip in clips],
         metadata=[clip.metadata for clip in clips],
         captions=captions,
-        waveform_BS=torch.from_numpy(np.stack([clip.waveform for clip in clips])),
+        waveform_BS=_stacked([clip.waveform for clip in clips]),
         num_valid_samples_B=torch.tensor([clip.num_valid_samples for clip in clips]),
-        frames_BLHWC=torch.from_numpy(np.stack([clip.frames for clip in clips])),
+        frames_BLHWC=_stacked([clip.frames for clip in clips]),
         mask_uniforms_B4=torch.from_numpy(np.stack([clip.mask_uniforms for clip in clips])),
         tokens_BC=tokenize(captions) if tokenize is not None else None,
         bad_samples=bad_samples,
     )
+
+
+def _stacked(arrays: list[NDArray[Any]]) -> torch.Tensor:
+    """In a worker, stacked into shared memory at once."""
+    stacked: torch.Tensor = default_collate([torch.from_numpy(array) for array in arrays])
+    return stacked
 
 
 def in_step(batches: Iterator[Batch]) -> Iterator[Batch]:

@@ -46,7 +46,7 @@ from tests.bench.bench_build import REAL_DATA, cpu_seconds
 from tests.clips import make_sample, write_shards
 
 NUM_ROUNDS = 3
-BATCH_SIZE = 16
+BATCH_SIZE = 64
 SAMPLE_RATE_HZ = 32000
 FRAME_PIXELS = 224
 CPU = torch.device("cpu")
@@ -84,13 +84,13 @@ def main() -> None:
 
 
 def cases(folder: Path) -> list[Case]:
-    """Shards of real clips, built on first use."""
-    sound = sorted((REAL_DATA / "esc").rglob("*.ogg"))[::2]
-    street = sorted((REAL_DATA / "urbansound8k").rglob("*.ogg"))[::6]
+    """Shards of real clips, built on first use; whole batches of each, so that no tail is dropped."""
+    sound = sorted((REAL_DATA / "esc").rglob("*.ogg"))[: 6 * BATCH_SIZE]
+    street = sorted((REAL_DATA / "urbansound8k").rglob("*.ogg"))[::5][: 6 * BATCH_SIZE]
     film = sorted((REAL_DATA / "av").rglob("*.mp4"))
     frames = MediaConfig(frame_short_side_pixels=FRAME_PIXELS)
     sounds = build(folder / "esc", sound, MediaConfig(num_frames=0))
-    films = build(folder / "av", film, frames, copies=12)
+    films = build(folder / "av", film, frames, copies=16)
     return [
         Case(title="ESC-50, 5 s", shards=sounds, clip_seconds=5, with_frames=False),
         Case(

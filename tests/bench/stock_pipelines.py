@@ -19,7 +19,7 @@ from torchvision import transforms
 from audiotext_dist.data.index import SHARD_SUFFIX
 from audiotext_dist.storage import expand
 
-BATCH_SIZE = 16
+BATCH_SIZE = 64
 SAMPLE_RATE_HZ = 32000
 FRAME_PIXELS = 224
 Style = Literal["webdataset", "clap"]
