@@ -245,10 +245,7 @@ class LogMel(nn.Module):
         frequency_K = torch.linspace(0, self.nyquist_hz, num_frequencies, device=lowest_N.device)
         # How many widths a frequency lies above the left corner of each triangle, whose peak is at 1.
         above_NFK = (_mel(frequency_K) - lowest_N11) / width_N11 - left_F1
-        bank_NFK = torch.minimum(above_NFK, 2 - above_NFK).clamp(min=0)
-        # Kaldi's filters leave out the Nyquist bin.
-        bank_NFK[..., -1] = 0
-        return bank_NFK
+        return torch.minimum(above_NFK, 2 - above_NFK).clamp(min=0)
 
 
 def _full_scale(waveform_NS: Tensor) -> Tensor:

@@ -76,6 +76,7 @@ def flipped(content: bytes, at: int = -20) -> bytes:
     return bytes(changed)
 
 
+EMPTY_WAV = b"RIFF\x24\0\0\0WAVEfmt \x10\0\0\0\1\0\1\0\x40\x1f\0\0\x80\x3e\0\0\2\0\x10\0data\0\0\0\0"
 # What stands in the tar instead of a clip's member; None: nothing.
 BROKEN: dict[str, tuple[BadKind, str, bytes | None]] = {
     "no sound": ("missing_member", "flac", None),
@@ -86,6 +87,7 @@ BROKEN: dict[str, tuple[BadKind, str, bytes | None]] = {
     "flac cut short": ("broken_audio", "flac", GOOD.flac[:-900]),
     "flac with another bit": ("broken_audio", "flac", flipped(GOOD.flac)),
     "flac without sound": ("broken_audio", "flac", flac(0)),
+    "wav without sound": ("broken_audio", "flac", EMPTY_WAV),
     "flac that claims hours": ("too_large", "flac", says(THREE_HOURS)),
     "flac that claims a minute": ("broken_audio", "flac", says(60 * SAMPLE_RATE_HZ)),
     "flac that says no length": ("too_large", "flac", says(0)),
