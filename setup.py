@@ -32,7 +32,7 @@ RUNTIME = [
     "matplotlib",
     "wandb",
 ]
-DEVELOPMENT = ["pytest", "pytest-xdist", "hypothesis", "moto[server]", "ruff", "mypy", "import-linter", "psutil"]
+DEVELOPMENT = ["pytest", "pytest-xdist", "hypothesis", "moto[server]", "ruff", "mypy", "import-linter", "psutil", "ray"]
 
 setup(
     name="audiotext-dist",

@@ -87,7 +87,12 @@ def _read_with_soundfile(
         lead = first if file.format == "OGG" else min(first, round(SEEK_MARGIN_SECONDS * rate_hz))
         file.seek(first - lead)
         wanted = last - first + lead
-        samples = _read_blocks(file, wanted)
+        try:
+            samples = _read_blocks(file, wanted)
+        except soundfile.LibsndfileError:
+            # libsndfile loses its way alike where a FLAC is damaged and where it ends too early.
+            is_cut = file.format == "FLAC" and _packets_end_before(path, file.frames)
+            raise MediaError("truncated" if is_cut else "unreadable") from None
         promised = min(wanted, file.frames - first + lead)
         tolerance = MPEG_TOLERANCE_SAMPLES if file.subtype.startswith("MPEG") else 0
         cut_short = len(samples) + tolerance < promised
@@ -153,6 +158,17 @@ def _is_cut_ogg(path: Path) -> bool:
         tail = file.read()
     page = tail[tail.rfind(b"OggS") :]
     return len(page) < 27 or len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]])
+
+
+def _packets_end_before(path: Path, num_samples: int) -> bool:
+    """True if whole packets, none damaged (those have no time), make up less sound."""
+    with opened(path) as container:
+        stream = container.streams.audio[0]
+        packets = [packet for packet in container.demux(stream) if packet.size]
+        if any(packet.pts is None for packet in packets):
+            return False
+        end = max((packet.pts + (packet.duration or 0) for packet in packets), default=0)
+        return bool(end * stream.time_base * stream.rate < num_samples)
 
 
 def _read_with_pyav(path: Path, start_seconds: float, end_seconds: float | None) -> tuple[NDArray[np.float32], int]:

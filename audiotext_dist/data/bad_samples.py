@@ -21,6 +21,7 @@ BadKind = Literal[
     "too_large",  # a picture, a sound or a member that would fill the memory
     "sample_rate",
     "no_caption",
+    "not_embedded",  # a row that its feature file lacks
     "other",
 ]
 KINDS: tuple[BadKind, ...] = get_args(BadKind)

@@ -42,8 +42,8 @@ class DecodeConfig:
 
     clip_seconds: longer clips are cropped (at random in training, else from the start), shorter ones
     padded with zeros at the end. audio: false leaves the sound undecoded, for tasks without it. frames:
-    which of a clip's frames are decoded. max_audio_seconds: a longer sound is a bad sample. verify: see
-    ``ShardReader``.
+    which of a clip's frames are chosen. pictures: false leaves those undecoded, where their embeddings are
+    read instead. max_audio_seconds: a longer sound is a bad sample. verify: see ``ShardReader``.
     """
 
     sample_rate_hz: int
@@ -55,6 +55,7 @@ class DecodeConfig:
     random: bool
     max_audio_seconds: float = 3600.0
     verify: Verify = "size"
+    pictures: bool = True
 
     @property
     def clip_samples(self) -> int:
@@ -67,8 +68,10 @@ class Clip:
     """One decoded clip.
 
     waveform: int16 [clip_samples]. num_valid_samples: how many of them are sound, not padding. frames:
-    uint8 [frames chosen, frame_pixels, frame_pixels, 3]. mask_uniforms: float32 [4] in [0, 1), where
-    SpecAugment's masks lie. caption_number: which of metadata.text was drawn, -1 without captions.
+    uint8 [frames chosen, frame_pixels, frame_pixels, 3]. frame_numbers: which of the clip's frames were chosen.
+    mask_uniforms: float32 [4] in [0, 1), where SpecAugment's masks lie. caption_number: which of metadata.text
+    was drawn, -1 without captions. frame_embeddings: float32 [num_frames, D] of every frame, caption_embeddings:
+    float32 [captions, D], where a run reads features.
     """
 
     key: str
@@ -76,8 +79,11 @@ class Clip:
     waveform: NDArray[np.int16]
     num_valid_samples: int
     frames: NDArray[np.uint8]
+    frame_numbers: list[int]
     mask_uniforms: NDArray[np.float32]
     caption_number: int
+    frame_embeddings: NDArray[np.float32] | None = None
+    caption_embeddings: NDArray[np.float32] | None = None
 
 
 class ShardReader:
@@ -206,19 +212,21 @@ def decode_clip(reader: ShardReader, key: str, slot: Slot, config: DecodeConfig,
     if config.audio:
         flac = reader.read(shard, row, AUDIO_MEMBER)
         waveform, num_valid_samples = _decode_audio(flac, config, crop_uniform if config.random else 0.0)
+    frame_numbers = chosen_frames(config, frame_uniform)
     return Clip(
         key=key,
         metadata=metadata,
         waveform=waveform,
         num_valid_samples=num_valid_samples,
-        frames=_decode_frames(reader, shard, row, config, frame_uniform),
+        frames=_decode_frames(reader, shard, row, config.frame_pixels, frame_numbers if config.pictures else []),
+        frame_numbers=frame_numbers,
         mask_uniforms=uniforms[3:].astype(np.float32),
         caption_number=int(caption_uniform * len(metadata.text)) if metadata.text else -1,
     )
 
 
 def chosen_frames(config: DecodeConfig, frame_uniform: float) -> list[int]:
-    """The numbers of the frames that are decoded; ``frame_uniform`` in [0, 1) places the random one."""
+    """The numbers of the frames that stand for a clip; ``frame_uniform`` in [0, 1) places the random one."""
     match config.frames:
         case "none":
             return []
@@ -268,14 +276,8 @@ def _decode_audio(flac: bytes, config: DecodeConfig, crop_uniform: float) -> tup
     return waveform, num_expected
 
 
-def _decode_frames(
-    reader: ShardReader, shard: int, row: int, config: DecodeConfig, frame_uniform: float
-) -> NDArray[np.uint8]:
-    pixels = config.frame_pixels
-    frames = [
-        square_frame(reader.read(shard, row, frame_member(number)), pixels)
-        for number in chosen_frames(config, frame_uniform)
-    ]
+def _decode_frames(reader: ShardReader, shard: int, row: int, pixels: int, numbers: Sequence[int]) -> NDArray[np.uint8]:
+    frames = [square_frame(reader.read(shard, row, frame_member(number)), pixels) for number in numbers]
     return np.stack(frames) if frames else np.zeros((0, pixels, pixels, 3), np.uint8)
 
 

@@ -1,7 +1,8 @@
 """From a plan to batches, in plain DataLoader workers.
 
 1. ``TrainingBatches`` makes, for a step of the run, this rank's part of its global batch: the plan says
-   which rows, ``decode`` reads them, a row that is no good is replaced by the plan's next one and reported.
+   which rows, ``decode`` reads them (and ``features`` what frozen encoders said of them), a row that is no
+   good is replaced by the plan's next one and reported.
 2. A DataLoader over all steps that are left runs that in workers, in order; the workers live as
    long as the run, and an epoch's end is no stop for them.
 """
@@ -9,8 +10,9 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
 
@@ -23,6 +25,7 @@ from audiotext_dist import storage
 from audiotext_dist.data.bad_samples import BadSample, BadSampleError
 from audiotext_dist.data.cache import NodeCache, ReadCounts
 from audiotext_dist.data.decode import Clip, DecodeConfig, ShardReader, decode_clip
+from audiotext_dist.data.features import Features
 from audiotext_dist.data.index import Shard
 from audiotext_dist.data.plan import Plan, Slot, evaluation_slots
 from audiotext_dist.data.prefetch import Prefetcher
@@ -32,6 +35,7 @@ from audiotext_dist.errors import UserError
 
 Tokenize = Callable[[list[str]], torch.Tensor]
 MAX_REPLACEMENTS = 64
+NO_FEATURES = Features()
 MAX_KEPT_BYTES = 256 << 20
 SMALL_TENSOR_BYTES = 1 << 16
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -41,9 +45,11 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 class Batch:
     """One rank's part of a global batch: B clips.
 
-    waveform_BS int16, num_valid_samples_B int64, frames_BLHWC uint8 (L may be 0), mask_uniforms_B4
-    float32, tokens_BC int64 or None without a text tower; the rest are plain lists of length B, but for counts,
-    which say what the process that made the batch has read since the one before.
+    waveform_BS int16, num_valid_samples_B int64, frames_BLHWC uint8 (L may be 0), frame_numbers_BL int64 (which
+    of the clip's frames these are), mask_uniforms_B4 float32, tokens_BC int64 or None without a text tower; the
+    rest are plain lists of length B, but for counts, which say what the process that made the batch has read since
+    the one before. Where features are read, frame_embeddings_BLD float32 has every frame of a clip, and
+    caption_embeddings_ND that of its drawn caption, at evaluation of all its captions, clip after clip.
     """
 
     keys: list[str]
@@ -52,10 +58,21 @@ class Batch:
     waveform_BS: torch.Tensor
     num_valid_samples_B: torch.Tensor
     frames_BLHWC: torch.Tensor
+    frame_numbers_BL: torch.Tensor
     mask_uniforms_B4: torch.Tensor
     tokens_BC: torch.Tensor | None
     bad_samples: list[BadSample]
     counts: ReadCounts = field(default_factory=ReadCounts)
+    frame_embeddings_BLD: torch.Tensor | None = None
+    caption_embeddings_ND: torch.Tensor | None = None
+
+    @property
+    def frame_embeddings_BD(self) -> torch.Tensor | None:
+        """The embedding of each clip's chosen frame, the first where there are several; None without features."""
+        if self.frame_embeddings_BLD is None:
+            return None
+        place_B = torch.arange(len(self.keys), device=self.frame_numbers_BL.device)
+        return self.frame_embeddings_BLD[place_B, self.frame_numbers_BL[:, 0]]
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory (called by the DataLoader)."""
@@ -69,7 +86,7 @@ class Batch:
         changed: dict[str, Any] = {
             name: change(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
         }
-        return replace(self, **changed)
+        return dataclasses.replace(self, **changed)
 
     # A tensor comes out of a worker through shared memory and a socket of its own: small ones go as plain bytes.
     def __getstate__(self) -> dict[str, Any]:
@@ -88,6 +105,7 @@ class TrainingBatches(Dataset[Batch]):
 
     Args:
         plan_of: the plan of an epoch; every epoch has the same number of batches.
+        features: of the shards of all sets, numbered together.
     """
 
     def __init__(
@@ -99,8 +117,10 @@ class TrainingBatches(Dataset[Batch]):
         seed: int,
         world: World,
         tokenize: Tokenize | None,
+        features: Features = NO_FEATURES,
         cache: NodeCache | None = None,
     ) -> None:
+        self._features = features
         self._shards = [shard for shards in sets for shard in shards]
         cache = NodeCache() if cache is None else cache
         self._reader = ShardReader(self._shards, cache, verify=decode.verify)
@@ -138,9 +158,13 @@ class TrainingBatches(Dataset[Batch]):
             key = shard.index.keys[slot.row]
             try:
                 clip = decode_clip(self._reader, key, slot, self._decode, seed=self._seed, epoch=epoch)
-                if self._tokenize is not None and clip.caption_number < 0:
+                needs_caption = self._tokenize is not None or self._features.captions is not None
+                if needs_caption and clip.caption_number < 0:
                     raise BadSampleError("it has no caption", "no_caption")
-                return clip
+                clip = self._features.added_to(clip, slot)
+                if clip.caption_embeddings is None:
+                    return clip
+                return dataclasses.replace(clip, caption_embeddings=clip.caption_embeddings[[clip.caption_number]])
             except BadSampleError as error:
                 bad_samples.append(BadSample(storage.public_name(shard.path), key, error.kind, str(error)))
             # The same place of the next batch, be it the next epoch's: of its own lane, so that the number of
@@ -162,10 +186,11 @@ class EvaluationBatches(Dataset[Batch]):
         *,
         world: World,
         batch_size: int,
+        features: Features = NO_FEATURES,
         cache: NodeCache | None = None,
     ) -> None:
         assert not decode.random, "evaluation takes fixed crops and frames"
-        self._shards = shards
+        self._shards, self._features = shards, features
         cache = NodeCache() if cache is None else cache
         self._reader = ShardReader(shards, cache, verify=decode.verify)
         self._decode = decode
@@ -191,7 +216,8 @@ class EvaluationBatches(Dataset[Batch]):
         shard = self._shards[slot.shard]
         key = shard.index.keys[slot.row]
         try:
-            return decode_clip(self._reader, key, slot, self._decode, seed=0, epoch=0)
+            clip = decode_clip(self._reader, key, slot, self._decode, seed=0, epoch=0)
+            return self._features.added_to(clip, slot)
         except BadSampleError as error:
             raise UserError(
                 f"clip {key} of {storage.public_name(shard.path)} cannot be evaluated ({error}): rebuild that shard"
@@ -219,9 +245,12 @@ def collate(clips: Sequence[Clip], bad_samples: list[BadSample], tokenize: Token
         waveform_BS=_stacked([clip.waveform for clip in clips]),
         num_valid_samples_B=torch.tensor([clip.num_valid_samples for clip in clips]),
         frames_BLHWC=_stacked([clip.frames for clip in clips]),
+        frame_numbers_BL=torch.tensor([clip.frame_numbers for clip in clips], dtype=torch.int64),
         mask_uniforms_B4=torch.from_numpy(np.stack([clip.mask_uniforms for clip in clips])),
         tokens_BC=tokenize(captions) if tokenize is not None else None,
         bad_samples=bad_samples,
+        frame_embeddings_BLD=_joined(np.stack, [clip.frame_embeddings for clip in clips]),
+        caption_embeddings_ND=_joined(np.concatenate, [clip.caption_embeddings for clip in clips]),
     )
 
 
@@ -229,6 +258,13 @@ def _stacked(arrays: list[NDArray[Any]]) -> torch.Tensor:
     """In a worker, stacked into shared memory at once."""
     stacked: torch.Tensor = default_collate([torch.from_numpy(array) for array in arrays])
     return stacked
+
+
+def _joined(
+    join: Callable[[list[NDArray[np.float32]]], NDArray[np.float32]], parts: Sequence[NDArray[np.float32] | None]
+) -> torch.Tensor | None:
+    found = [part for part in parts if part is not None]
+    return torch.from_numpy(join(found)) if found else None
 
 
 def in_step(batches: Iterator[Batch]) -> Iterator[Batch]:

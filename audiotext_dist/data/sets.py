@@ -28,23 +28,28 @@ class SetConfig:
 
     shards: folder, glob or ``{00000..00099}.tar`` braces, local or a URL. weight: how often an epoch
     holds each clip. relevance (evaluation only): ``labels``, every clip that shares a label is found; or a file that
-    says which captions truly describe which clips.
+    says which captions truly describe which clips. features: folder or URL of its feature files, null for beside
+    the shards.
     """
 
     shards: str = "???"
     weight: float = 1.0
     relevance: str | None = None
+    features: str | None = None
 
     def __post_init__(self) -> None:
         storage.check_no_credentials(self.shards)
+        storage.check_no_credentials(self.features or "")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which clips are read, and how.
 
-    cache_dir, cache_bytes: where a node holds remote shards, and how much of them. fetch_retries,
-    fetch_stall_seconds: attempts after the first at what a server refuses, and how long one may send nothing.
+    frame_features, caption_features: NAME of what launch/embed.py features=NAME wrote; the frozen image or text tower
+    then says nothing itself, and no JPEG is opened. cache_dir, cache_bytes: where a node holds remote shards, and how
+    much of them. fetch_retries, fetch_stall_seconds: attempts after the first at what a server refuses, and how long
+    one may send nothing.
     """
 
     train: dict[str, SetConfig] = field(default_factory=dict)
@@ -52,6 +57,8 @@ class DataConfig:
     sample_rate_hz: int = 32000
     clip_seconds: float = 10.0
     num_frames: int = 4
+    frame_features: str | None = None
+    caption_features: str | None = None
     num_lanes: int | None = None  # default: the most up to 64 that the batch divides into
     window_shards: int = 4
     num_workers: int = 2  # DataLoader workers a rank
@@ -102,6 +109,7 @@ class DataConfig:
             random=random,
             max_audio_seconds=self.max_audio_seconds,
             verify=self.verify,
+            pictures=self.frame_features is None,
         )
 
 

@@ -146,7 +146,8 @@ class _Run:
             ),
             seed=self._recipe.training.seed,
             world=self._world,
-            tokenize=None if text is None else text.tokenize,
+            tokenize=None if text is None or data.caption_features is not None else text.tokenize,
+            features=prepared.train_features,
             cache=data.node_cache(),
         )
         steps_left = range(self._step, self._last_step)
@@ -213,6 +214,7 @@ class _Run:
                 set_name=name,
                 batch_size=recipe.evaluation.batch_size,
                 world=self._world,
+                features=self._prepared.validation_features[name],
             )
             for name, shards in self._prepared.validation_sets.items()
         ]

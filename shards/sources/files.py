@@ -94,5 +94,6 @@ def suffix_rank(path: str) -> int:
 
 
 def _split(name: str) -> tuple[str, bool]:
-    stem, suffix = os.path.splitext(name)  # noqa: PTH122, a Path for each of millions of files is slow
-    return (stem, True) if suffix.lower() in _RANK else (name, False)
+    # Neither a Path nor splitext: there may be millions of files.
+    stem, _, suffix = name.rpartition(".")
+    return (stem, True) if stem.strip(".") and f".{suffix.lower()}" in _RANK else (name, False)

@@ -37,7 +37,7 @@ def scan(media: str) -> dict[int, str]:
     found: dict[int, str] = {}
     for stem, path in files.scan(media):
         if match := _STEM.fullmatch(stem):
-            key = hash(match.group(1))
+            key = _hash(match.group(1))
             found[key] = f"{found[key]}{_BETWEEN}{path}" if key in found else path
     return found
 
@@ -48,7 +48,7 @@ def find(found: dict[int, str], ytid: str, start_seconds: float | None = None) -
     Without a start, a file of any segment will do, but one of the whole video is preferred.
     """
     candidates = []
-    paths = found.get(hash(ytid))
+    paths = found.get(_hash(ytid))
     for path in paths.split(_BETWEEN) if paths else []:
         match = _STEM.fullmatch(files.stem_of(os.path.basename(path)))  # noqa: PTH119, as in files
         assert match is not None
@@ -89,6 +89,11 @@ def segment(
         start_seconds=start_seconds if must_cut else None,
         end_seconds=end_seconds if must_cut else None,
     )
+
+
+def _hash(ytid: str) -> int:
+    # 30 bits: the smallest of Python's integers.
+    return hash(ytid) & 0x3FFFFFFF
 
 
 def _is_time(text: str, seconds: float) -> bool:

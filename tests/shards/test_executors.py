@@ -145,3 +145,27 @@ def test_ray_gives_what_the_local_pool_gives(monkeypatch: pytest.MonkeyPatch) ->
         assert list(slept) == [(0, None), (1000, "timeout"), (0, None)]
     finally:
         ray.shutdown()
+
+
+@pytest.mark.faults
+@pytest.mark.filterwarnings("ignore")
+def test_a_lost_machine_of_a_ray_cluster_costs_no_item(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray", reason="Ray is an optional extra")
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    lost = cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, log_to_driver=False)
+    try:
+        cluster.wait_for_nodes()
+        results = map_in_order(abs, range(-200, 0), 2, executor="ray")
+        found = [next(results) for _ in range(20)]
+        cluster.remove_node(lost)
+        # One more machine joins, as a cluster replaces one: the lost actor starts there.
+        cluster.add_node(num_cpus=1)
+        found += results
+        assert found == [(-n, n) for n in range(200, 0, -1)]
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
