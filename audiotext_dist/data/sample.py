@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, fields
 AUDIO_MEMBER = "flac"
 METADATA_MEMBER = "json"
 FRAME_SUFFIX = ".jpg"
-FLAC_HEADER_BYTES = 4096  # and more
+FLAC_HEADER_BYTES = 4096  # at least: the header, and some of the first frames
 
 _FRAME_MEMBER = re.compile(rf"[0-9]+{re.escape(FRAME_SUFFIX)}")
 _UNSAFE_IN_KEY = re.compile(r"[^A-Za-z0-9_-]+")
