@@ -13,7 +13,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -61,6 +61,26 @@ class DecodeConfig:
     def clip_samples(self) -> int:
         """Audio samples of every decoded clip."""
         return round(self.clip_seconds * self.sample_rate_hz) if self.audio else 0
+
+    @property
+    def num_pictures(self) -> int:
+        """Pictures of every decoded clip."""
+        return len(chosen_frames(self, 0.0)) if self.pictures else 0
+
+
+class ClipArrays(NamedTuple):
+    """Where a clip is decoded to: waveform_S int16 [clip_samples], frames_LHWC uint8 [num_pictures, P, P, 3]."""
+
+    waveform_S: NDArray[np.int16]
+    frames_LHWC: NDArray[np.uint8]
+
+    @classmethod
+    def empty(cls, config: DecodeConfig) -> ClipArrays:
+        """Arrays of its own."""
+        pixels = config.frame_pixels
+        return cls(
+            np.empty(config.clip_samples, np.int16), np.empty((config.num_pictures, pixels, pixels, 3), np.uint8)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,27 +218,43 @@ def clip_uniforms(seed: int, epoch: int, copy: int, dataset: str, key: str) -> N
     return (np.frombuffer(drawn.digest(), np.dtype("<u4")) >> 8).astype(np.float64) * 2.0**-24
 
 
-def decode_clip(reader: ShardReader, key: str, slot: Slot, config: DecodeConfig, *, seed: int, epoch: int) -> Clip:
+def decode_clip(
+    reader: ShardReader,
+    key: str,
+    slot: Slot,
+    config: DecodeConfig,
+    *,
+    seed: int,
+    epoch: int,
+    into: ClipArrays | None = None,
+) -> Clip:
     """Read and decode one slot's row.
+
+    Args:
+        into: where its sound and pictures go; by default into arrays of its own.
 
     Raises:
         BadSampleError: anything wrong with this one sample.
     """
     shard, row = slot.shard, slot.row
+    into = ClipArrays.empty(config) if into is None else into
     metadata = decode_metadata(reader.read(shard, row, METADATA_MEMBER), key)
     uniforms = clip_uniforms(seed, epoch, slot.copy, metadata.dataset, key)
     crop_uniform, frame_uniform, caption_uniform = uniforms[:3].tolist()
-    waveform, num_valid_samples = np.zeros(0, np.int16), 0
+    num_valid_samples = 0
     if config.audio:
         flac = reader.read(shard, row, AUDIO_MEMBER)
-        waveform, num_valid_samples = _decode_audio(flac, config, crop_uniform if config.random else 0.0)
+        num_valid_samples = _decode_audio(flac, config, crop_uniform if config.random else 0.0, into.waveform_S)
     frame_numbers = chosen_frames(config, frame_uniform)
+    if config.pictures:
+        for place, number in enumerate(frame_numbers):
+            into.frames_LHWC[place] = square_frame(reader.read(shard, row, frame_member(number)), config.frame_pixels)
     return Clip(
         key=key,
         metadata=metadata,
-        waveform=waveform,
+        waveform=into.waveform_S,
         num_valid_samples=num_valid_samples,
-        frames=_decode_frames(reader, shard, row, config.frame_pixels, frame_numbers if config.pictures else []),
+        frames=into.frames_LHWC,
         frame_numbers=frame_numbers,
         mask_uniforms=uniforms[3:].astype(np.float32),
         caption_number=int(caption_uniform * len(metadata.text)) if metadata.text else -1,
@@ -250,8 +286,8 @@ def decode_metadata(content: bytes, key: str) -> ClipMetadata:
         raise BadSampleError(f"json does not decode ({error})", "broken_json") from None
 
 
-def _decode_audio(flac: bytes, config: DecodeConfig, crop_uniform: float) -> tuple[NDArray[np.int16], int]:
-    """(int16 [clip_samples] padded with zeros, how many samples are sound)."""
+def _decode_audio(flac: bytes, config: DecodeConfig, crop_uniform: float, waveform_S: NDArray[np.int16]) -> int:
+    """Fill the waveform, zeros after the sound's end; how many samples are sound."""
     try:
         with soundfile.SoundFile(io.BytesIO(flac)) as file:
             if file.samplerate != config.sample_rate_hz:
@@ -263,22 +299,19 @@ def _decode_audio(flac: bytes, config: DecodeConfig, crop_uniform: float) -> tup
             surplus = max(file.frames - config.clip_samples, 0)
             if start := int(crop_uniform * (surplus + 1)):
                 file.seek(start)
-            num_expected = file.frames - surplus
-            found = file.read(num_expected, dtype="int16", always_2d=True)[:, 0]
+            num_expected: int = file.frames - surplus
+            if file.channels == 1:
+                num_found = len(file.read(dtype="int16", out=waveform_S[:num_expected]))
+            else:
+                found = file.read(num_expected, dtype="int16", always_2d=True)
+                num_found = len(found)
+                waveform_S[:num_found] = found[:, 0]
     except soundfile.LibsndfileError as error:
         raise BadSampleError(f"audio does not decode ({error})", "broken_audio") from None
-    if len(found) != num_expected or not num_expected:
-        raise BadSampleError(f"audio ends after {len(found)} of {num_expected} samples", "broken_audio")
-    if num_expected == config.clip_samples:
-        return found, num_expected
-    waveform = np.zeros(config.clip_samples, np.int16)
-    waveform[:num_expected] = found
-    return waveform, num_expected
-
-
-def _decode_frames(reader: ShardReader, shard: int, row: int, pixels: int, numbers: Sequence[int]) -> NDArray[np.uint8]:
-    frames = [square_frame(reader.read(shard, row, frame_member(number)), pixels) for number in numbers]
-    return np.stack(frames) if frames else np.zeros((0, pixels, pixels, 3), np.uint8)
+    if num_found != num_expected or not num_expected:
+        raise BadSampleError(f"audio ends after {num_found} of {num_expected} samples", "broken_audio")
+    waveform_S[num_expected:] = 0
+    return num_expected
 
 
 def square_frame(jpeg: bytes, pixels: int) -> NDArray[np.uint8]:

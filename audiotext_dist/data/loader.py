@@ -9,22 +9,22 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
 from audiotext_dist import storage
 from audiotext_dist.data.bad_samples import BadSample, BadSampleError
+from audiotext_dist.data.batch_memory import PREFETCH_FACTOR, BatchArrays, BatchMemory
 from audiotext_dist.data.cache import NodeCache, ReadCounts
-from audiotext_dist.data.decode import Clip, DecodeConfig, ShardReader, decode_clip
+from audiotext_dist.data.decode import Clip, ClipArrays, DecodeConfig, ShardReader, decode_clip
 from audiotext_dist.data.features import Features
 from audiotext_dist.data.index import Shard
 from audiotext_dist.data.plan import Plan, Slot, evaluation_slots
@@ -32,13 +32,13 @@ from audiotext_dist.data.prefetch import Prefetcher
 from audiotext_dist.data.sample import ClipMetadata
 from audiotext_dist.distributed import World, raise_together
 from audiotext_dist.errors import UserError
+from audiotext_dist.memory import keep_freed_memory
 
 Tokenize = Callable[[list[str]], torch.Tensor]
 MAX_REPLACEMENTS = 64
 NO_FEATURES = Features()
-MAX_KEPT_BYTES = 256 << 20
 SMALL_TENSOR_BYTES = 1 << 16
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_ELSEWHERE = torch.empty(0, dtype=torch.uint8)
 
 
 @dataclass(kw_only=True)
@@ -126,6 +126,7 @@ class TrainingBatches(Dataset[Batch]):
         self._reader = ShardReader(self._shards, cache, verify=decode.verify)
         self._plan_of = lru_cache(maxsize=4)(plan_of)  # the first epoch's, the last one's, this one's, the next one's
         self._num_batches = self._plan_of(0).num_batches
+        self.memory = BatchMemory(len(self._plan_of(0).batch(0, rank=world.rank, world_size=world.size)), decode)
         self._decode, self._seed, self._world, self._tokenize = decode, seed, world, tokenize
         ahead = partial(_shards_ahead, self._plan_of, world)
         self._prefetcher = Prefetcher(cache, self._shards, ahead, max_bytes=cache.max_bytes // world.local_size)
@@ -139,10 +140,12 @@ class TrainingBatches(Dataset[Batch]):
         self._reader.close_removed()
         self._prefetcher.advance(step)
         bad_samples: list[BadSample] = []
+        arrays = self.memory.take()
         clips = [
-            self._decode_or_replace(step, place, slot, bad_samples) for place, slot in enumerate(self._own_slots(step))
+            self._decode_or_replace(step, place, slot, arrays.clip(place), bad_samples)
+            for place, slot in enumerate(self._own_slots(step))
         ]
-        batch = collate(clips, bad_samples, self._tokenize)
+        batch = collate(clips, arrays, bad_samples, self._tokenize)
         batch.counts = self._reader.take_counts()
         batch.counts += self._prefetcher.take_counts()
         return batch
@@ -151,13 +154,15 @@ class TrainingBatches(Dataset[Batch]):
         epoch, number = divmod(step, self._num_batches)
         return self._plan_of(epoch).batch(number, rank=self._world.rank, world_size=self._world.size)
 
-    def _decode_or_replace(self, step: int, place: int, slot: Slot, bad_samples: list[BadSample]) -> Clip:
+    def _decode_or_replace(
+        self, step: int, place: int, slot: Slot, into: ClipArrays, bad_samples: list[BadSample]
+    ) -> Clip:
         epoch = step // self._num_batches
         for ahead in range(1, MAX_REPLACEMENTS + 1):
             shard = self._shards[slot.shard]
             key = shard.index.keys[slot.row]
             try:
-                clip = decode_clip(self._reader, key, slot, self._decode, seed=self._seed, epoch=epoch)
+                clip = decode_clip(self._reader, key, slot, self._decode, seed=self._seed, epoch=epoch, into=into)
                 needs_caption = self._tokenize is not None or self._features.captions is not None
                 if needs_caption and clip.caption_number < 0:
                     raise BadSampleError("it has no caption", "no_caption")
@@ -194,6 +199,7 @@ class EvaluationBatches(Dataset[Batch]):
         cache = NodeCache() if cache is None else cache
         self._reader = ShardReader(shards, cache, verify=decode.verify)
         self._decode = decode
+        self.memory = BatchMemory(batch_size, decode)
         slots = evaluation_slots([shard.index.num_samples for shard in shards], rank=world.rank, world_size=world.size)
         self._batches = [slots[start : start + batch_size] for start in range(0, len(slots), batch_size)]
         ahead = partial(_shards_of, self._batches)
@@ -210,13 +216,15 @@ class EvaluationBatches(Dataset[Batch]):
         """
         self._reader.close_removed()
         self._prefetcher.advance(number)
-        return collate([self._decode_slot(slot) for slot in self._batches[number]], [], None)
+        arrays = self.memory.take()
+        clips = [self._decode_slot(slot, arrays.clip(place)) for place, slot in enumerate(self._batches[number])]
+        return collate(clips, arrays, [], None)
 
-    def _decode_slot(self, slot: Slot) -> Clip:
+    def _decode_slot(self, slot: Slot, into: ClipArrays) -> Clip:
         shard = self._shards[slot.shard]
         key = shard.index.keys[slot.row]
         try:
-            clip = decode_clip(self._reader, key, slot, self._decode, seed=0, epoch=0)
+            clip = decode_clip(self._reader, key, slot, self._decode, seed=0, epoch=0, into=into)
             return self._features.added_to(clip, slot)
         except BadSampleError as error:
             raise UserError(
@@ -235,16 +243,19 @@ def _shards_of(batches: Sequence[Sequence[Slot]], number: int) -> Iterator[int]:
     return (slot.shard for batch in batches[number:] for slot in batch)
 
 
-def collate(clips: Sequence[Clip], bad_samples: list[BadSample], tokenize: Tokenize | None) -> Batch:
-    """Stack decoded clips; the caption of each is the one that was drawn for it."""
+def collate(
+    clips: Sequence[Clip], arrays: BatchArrays, bad_samples: list[BadSample], tokenize: Tokenize | None
+) -> Batch:
+    """The clips that were decoded into these arrays; the caption of each is the one that was drawn for it."""
+    waveform_BS, frames_BLHWC = (torch.from_numpy(array) for array in arrays.first(len(clips)))
     captions = [clip.metadata.text[clip.caption_number] if clip.metadata.text else "" for clip in clips]
     return Batch(
         keys=[clip.key for clip in clips],
         metadata=[clip.metadata for clip in clips],
         captions=captions,
-        waveform_BS=_stacked([clip.waveform for clip in clips]),
+        waveform_BS=waveform_BS,
         num_valid_samples_B=torch.tensor([clip.num_valid_samples for clip in clips]),
-        frames_BLHWC=_stacked([clip.frames for clip in clips]),
+        frames_BLHWC=frames_BLHWC,
         frame_numbers_BL=torch.tensor([clip.frame_numbers for clip in clips], dtype=torch.int64),
         mask_uniforms_B4=torch.from_numpy(np.stack([clip.mask_uniforms for clip in clips])),
         tokens_BC=tokenize(captions) if tokenize is not None else None,
@@ -252,12 +263,6 @@ def collate(clips: Sequence[Clip], bad_samples: list[BadSample], tokenize: Token
         frame_embeddings_BLD=_joined(np.stack, [clip.frame_embeddings for clip in clips]),
         caption_embeddings_ND=_joined(np.concatenate, [clip.caption_embeddings for clip in clips]),
     )
-
-
-def _stacked(arrays: list[NDArray[Any]]) -> torch.Tensor:
-    """In a worker, stacked into shared memory at once."""
-    stacked: torch.Tensor = default_collate([torch.from_numpy(array) for array in arrays])
-    return stacked
 
 
 def _joined(
@@ -285,43 +290,67 @@ def in_step(batches: Iterator[Batch]) -> Iterator[Batch]:
         yield batch
 
 
-class _ErrorsAsItems(Dataset[Batch | UserError]):
-    """Hands a ``UserError`` over as an item: raised in a worker, it would come back wrapped in a traceback."""
+class Batches(Protocol):
+    """Batches by number, in arrays of one memory."""
 
-    def __init__(self, batches: Dataset[Batch]) -> None:
+    memory: BatchMemory
+
+    def __getitem__(self, number: int) -> Batch: ...
+
+
+class _InWorker(Dataset[tuple[Batch, tuple[int, int]] | UserError]):
+    """Batches as a worker hands them over: without the arrays, but with their place in its ring.
+
+    A ``UserError`` is an item too: raised in a worker, it would come back wrapped in a traceback.
+    """
+
+    def __init__(self, batches: Batches) -> None:
         self._batches = batches
 
-    def __getitem__(self, number: int) -> Batch | UserError:
+    def __getitem__(self, number: int) -> tuple[Batch, tuple[int, int]] | UserError:
         try:
-            return self._batches[number]
+            batch = self._batches[number]
         except UserError as error:
             return error
+        place = self._batches.memory.taken_last()
+        return dataclasses.replace(batch, waveform_BS=_ELSEWHERE, frames_BLHWC=_ELSEWHERE), place
 
 
-def _keep_freed_memory(_worker: int = 0) -> None:
-    """Make the C library keep what one batch frees for the next, where it is glibc.
-
-    By default it gives the pages of large blocks back and takes them again: some 10 % of the time of decoding.
-    """
-    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(_M_TRIM_THRESHOLD, MAX_KEPT_BYTES)
-        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most it accepts
-
-
-def iterate(batches: Dataset[Batch], numbers: range, *, num_workers: int, device: torch.device) -> Iterator[Batch]:
+def iterate(batches: Batches, numbers: range, *, num_workers: int, device: torch.device) -> Iterator[Batch]:
     """The batches of these numbers, in order, decoded ahead by the workers, on the device."""
-    if not num_workers:
-        _keep_freed_memory()
+    made = _made_by_workers(batches, numbers, num_workers) if num_workers else _made_here(batches, numbers)
+    for batch in made:
+        yield (batch.pin_memory() if device.type == "cuda" else batch).to(device)
+
+
+def _made_here(batches: Batches, numbers: range) -> Iterator[Batch]:
+    keep_freed_memory()
+    try:
+        yield from map(batches.__getitem__, numbers)
+    except UserError as error:
+        error.on_every_rank = False
+        raise
+
+
+def _made_by_workers(batches: Batches, numbers: range, num_workers: int) -> Iterator[Batch]:
+    batches.memory.share(num_workers)
     loader = DataLoader(
-        _ErrorsAsItems(batches),
+        _InWorker(batches),
         batch_size=None,
         sampler=numbers,
         num_workers=num_workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=_keep_freed_memory,
+        prefetch_factor=PREFETCH_FACTOR,
+        multiprocessing_context="fork",  # by which the workers have the rings
+        worker_init_fn=lambda _: keep_freed_memory(),
     )
-    for batch in loader:
-        if isinstance(batch, UserError):
-            batch.on_every_rank = False
-            raise batch
-        yield batch.to(device)
+    for item in loader:
+        if isinstance(item, UserError):
+            item.on_every_rank = False
+            raise item
+        batch, (worker, place) = item
+        arrays = batches.memory.at(worker, place).first(len(batch.keys)).copy()
+        yield dataclasses.replace(
+            batch,
+            waveform_BS=torch.from_numpy(arrays.waveform_BS),
+            frames_BLHWC=torch.from_numpy(arrays.frames_BLHWC),
+        )
