@@ -72,6 +72,16 @@ def test_ranks_and_workers_see_the_same_clips_crops_frames_and_captions(shards, 
             torch.testing.assert_close(getattr(whole, name), torch.cat([getattr(part, name) for part in parts]))
 
 
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_batch_that_is_kept_stays_as_it_is(shards, num_workers):
+    """Workers use their shared memory again."""
+    steps = range(24)
+    kept = list(iterate(training_batches(config(shards), World()), steps, num_workers=num_workers, device=CPU))
+    for batch, alone in zip(kept, map(training_batches(config(shards), World()).__getitem__, steps), strict=True):
+        assert torch.equal(batch.waveform_BS, alone.waveform_BS)
+        assert torch.equal(batch.frames_BLHWC, alone.frames_BLHWC)
+
+
 def mixed(shards: str, tmp_path: Path) -> DataConfig:
     """Two sets: the shards with weight 1, and ten clips of their own with weight 2.5."""
     other = write_shards(tmp_path / "other", [[make_sample(100 + row) for row in range(5)] for _ in range(2)])
