@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import soundfile
+import webdataset
 
 from audiotext_dist import storage
 from audiotext_dist.data.bad_samples import BadSampleError
@@ -23,6 +24,7 @@ from shards.passes import fresh_local_copy
 
 # Frames are decoded in full whatever their size; this one keeps the resize cheap.
 FRAME_PIXELS = 32
+_ADDED_BY_WEBDATASET = {"__key__", "__url__", "__local_path__"}
 
 
 @dataclass(kw_only=True)
@@ -65,6 +67,7 @@ def check_shard(shard: tuple[str, str], *, decode: bool) -> ShardFacts:
         if stored is not None:
             _check_index(facts, stored, found)
         facts.keys, facts.recordings = found.keys, found.recordings
+        _check_stream(facts, local, found)
         with contextlib.closing(ShardReader([Shard(path=str(local), index=found)])) as reader:
             for row, key in enumerate(found.keys):
                 try:
@@ -72,6 +75,22 @@ def check_shard(shard: tuple[str, str], *, decode: bool) -> ShardFacts:
                 except BadSampleError as error:
                     facts.add("undecodable", str(error), key)
     return facts
+
+
+def _check_stream(facts: ShardFacts, local: Path, index: ShardIndex) -> None:
+    """Read the tar with webdataset, as others will."""
+    pipeline = webdataset.DataPipeline(webdataset.SimpleShardList([str(local)]), webdataset.tarfile_to_samples())
+    try:
+        streamed = [(sample["__key__"], sample.keys() - _ADDED_BY_WEBDATASET) for sample in pipeline]
+    except ValueError as error:
+        facts.add("unstreamable", " ".join(str(error).split())[:200])
+        return
+    expected = [
+        (key, {member for member in index.members if index.span(row, member) is not None})
+        for row, key in enumerate(index.keys)
+    ]
+    if streamed != expected:
+        facts.add("unstreamable", f"{len(streamed)} clips, not {len(expected)}, or others: members stand apart")
 
 
 def _stored_index(facts: ShardFacts, path: str) -> ShardIndex | None:
