@@ -26,8 +26,10 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from audiotext_dist import storage
+from audiotext_dist.data.bad_samples import BadSample, BadSampleError
+from audiotext_dist.data.batch_memory import BatchMemory
 from audiotext_dist.data.cache import NodeCache
-from audiotext_dist.data.decode import BadSampleError, Clip, DecodeConfig, ShardReader, decode_clip
+from audiotext_dist.data.decode import Clip, ClipArrays, DecodeConfig, ShardReader, decode_clip
 from audiotext_dist.data.encoders import Encoder, Modality
 from audiotext_dist.data.features import (
     OFFSETS,
@@ -38,7 +40,7 @@ from audiotext_dist.data.features import (
     find_feature_files,
 )
 from audiotext_dist.data.index import Shard
-from audiotext_dist.data.loader import BadSample, Batch, collate, iterate
+from audiotext_dist.data.loader import Batch, collate, iterate
 from audiotext_dist.data.plan import Slot
 from audiotext_dist.data.prefetch import Prefetcher
 from audiotext_dist.data.sample import ClipMetadata
@@ -193,6 +195,7 @@ class RowBatches(Dataset[Batch]):
         self, shards: Sequence[Shard], decode: DecodeConfig, batch_size: int, *, cache: NodeCache, world: World
     ) -> None:
         self._shards, self._decode = shards, decode
+        self.memory = BatchMemory(batch_size, decode)
         self._reader = ShardReader(shards, cache)
         self.rows = [
             (number, range(start, min(start + batch_size, shard.index.num_samples)))
@@ -211,17 +214,21 @@ class RowBatches(Dataset[Batch]):
         self._prefetcher.advance(number)
         bad_samples: list[BadSample] = []
         shard, rows = self.rows[number]
-        clips = [self._decode_or_blank(Slot(shard=shard, row=row), bad_samples) for row in rows]
-        return collate(clips, bad_samples, None)
+        arrays = self.memory.take()
+        clips = [
+            self._decode_or_blank(Slot(shard=shard, row=row), arrays.clip(place), bad_samples)
+            for place, row in enumerate(rows)
+        ]
+        return collate(clips, arrays, bad_samples, None)
 
-    def _decode_or_blank(self, slot: Slot, bad_samples: list[BadSample]) -> Clip:
+    def _decode_or_blank(self, slot: Slot, into: ClipArrays, bad_samples: list[BadSample]) -> Clip:
         shard = self._shards[slot.shard]
         key = shard.index.keys[slot.row]
         try:
-            return decode_clip(self._reader, key, slot, self._decode, seed=0, epoch=0)
+            return decode_clip(self._reader, key, slot, self._decode, seed=0, epoch=0, into=into)
         except BadSampleError as error:
-            bad_samples.append(BadSample(storage.public_name(shard.path), key, str(error)))
-            return _blank_clip(key, self._decode)
+            bad_samples.append(BadSample(storage.public_name(shard.path), key, error.kind, str(error)))
+            return _blank_clip(key, self._decode, into)
 
 
 def _shards_of(rows: Sequence[tuple[int, range]], number: int) -> Iterator[int]:
@@ -288,16 +295,16 @@ def _write(
         storage.write_bytes(job.path, save(tensors, header.to_metadata()))
 
 
-def _blank_clip(key: str, decode: DecodeConfig) -> Clip:
+def _blank_clip(key: str, decode: DecodeConfig, into: ClipArrays) -> Clip:
     """Silence and black frames, for a row that has nothing else."""
-    pixels = decode.frame_pixels
+    into.waveform_S[:], into.frames_LHWC[:] = 0, 0
     num_frames = decode.num_frames if decode.frames == "all" else 0
     return Clip(
         key=key,
         metadata=ClipMetadata(text=[], recording="", dataset="", duration=0.0, sample_rate=0),
-        waveform=np.zeros(decode.clip_samples, np.int16),
+        waveform=into.waveform_S,
         num_valid_samples=0,
-        frames=np.zeros((num_frames, pixels, pixels, 3), np.uint8),
+        frames=into.frames_LHWC,
         frame_numbers=list(range(num_frames)),
         mask_uniforms=np.zeros(4, np.float32),
         caption_number=-1,

@@ -31,8 +31,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from audiotext_dist import storage
+from audiotext_dist.data.bad_samples import BadSampleError
 from audiotext_dist.data.cache import NodeCache
-from audiotext_dist.data.decode import BadSampleError, Clip
+from audiotext_dist.data.decode import Clip
 from audiotext_dist.data.encoders import Encoder, Modality
 from audiotext_dist.data.index import SHARD_SUFFIX, Shard
 from audiotext_dist.data.plan import Slot
@@ -222,7 +223,7 @@ class FeatureReader:
         """
         reason = self._files[shard].header.missing.get(str(row))
         if reason is not None:
-            raise BadSampleError(f"not embedded ({reason})")
+            raise BadSampleError(f"not embedded ({reason})", "not_embedded")
         tensors = self._open(shard)
         found: NDArray[np.floating[Any]]
         if self._modality == "text":

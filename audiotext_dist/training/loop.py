@@ -17,10 +17,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from audiotext_dist import configuration, storage
+from audiotext_dist.data.bad_samples import BadSampleCount
 from audiotext_dist.data.cache import ReadCounts
 from audiotext_dist.data.loader import Batch, TrainingBatches, in_step, iterate
-from audiotext_dist.distributed import World, barrier, min_and_max_over_ranks, sum_over_ranks, sums_over_ranks
-from audiotext_dist.errors import UserError
+from audiotext_dist.distributed import World, barrier, min_and_max_over_ranks, sums_over_ranks
 from audiotext_dist.evaluation import report
 from audiotext_dist.evaluation.retrieval import RetrievalResult, evaluate_set
 from audiotext_dist.training import checkpoint
@@ -92,7 +92,7 @@ class _Run:
         self._last_step = min(self._num_steps, self._recipe.training.max_steps or self._num_steps)
         self._step = self._saved_step = progress.step
         self._evaluated_step, self._results = -1, list[RetrievalResult]()
-        self._num_read = self._num_bad = 0
+        self._bad_samples = BadSampleCount(self._recipe.data.max_bad_share, self._world)
 
     def to_the_end(self) -> list[RetrievalResult]:
         """Every step that is left, then the last checkpoint and evaluation."""
@@ -116,7 +116,7 @@ class _Run:
                 set_learning_rates(self._engine.param_groups, share)
                 result = train_step(self._engine, model, batch, self._step, recipe.loss, recipe.training.autocast_dtype)
                 self._step += 1
-                self._count_bad_samples(batch)
+                self._bad_samples.add(len(batch.keys), batch.bad_samples)
                 if self._step % recipe.tracker.every_steps == 0 or self._step == self._last_step:
                     self._log_step(result, meter, bar)
                 bar.update()
@@ -168,7 +168,7 @@ class _Run:
                 "optim/weight_lr": learning_rates[0],
                 "optim/bias_lr": learning_rates[-1],
                 **{f"data/{name}": value for name, value in read.items()},
-                "data/bad_samples": self._check_bad_share(),
+                **{f"data/{name}": count for name, count in self._bad_samples.check().items()},
             },
         )
         shown = (
@@ -181,22 +181,6 @@ class _Run:
         bar.set_postfix_str(shown, refresh=False)
         if bar.disable and self._world.is_main:
             _log.info("step %d of %d, %s", self._step, self._last_step, shown)
-
-    def _count_bad_samples(self, batch: Batch) -> None:
-        self._num_read += len(batch.keys)
-        self._num_bad += len(batch.bad_samples)
-        for bad in batch.bad_samples:
-            _log.warning("replaced %s of %s: %s", bad.key, bad.shard, bad.reason)
-
-    def _check_bad_share(self) -> int:
-        num_bad = sum_over_ranks(self._num_bad, self._world.device)
-        num_read = sum_over_ranks(self._num_read, self._world.device)
-        if num_bad > self._recipe.data.max_bad_share * num_read:
-            raise UserError(
-                f"{num_bad} of {num_read} samples could not be used, more than data.max_bad_share="
-                f"{self._recipe.data.max_bad_share}: the warnings above name them; rebuild those shards"
-            )
-        return num_bad
 
     def _save(self) -> None:
         if self._saved_step == self._step:
@@ -279,7 +263,7 @@ class _Meter:
         seconds = now - self._start
         least, greatest = min_and_max_over_ranks(self._waited_seconds / seconds, self._world.device)
         sums = sums_over_ranks(dataclasses.astuple(self._counts), self._world.device)
-        counts = ReadCounts(*map(int, sums))
+        counts = ReadCounts(*sums)
         figures = {
             "clips_per_second": self._num_batches * self._global_batch_size / seconds,
             "waiting_share_min": least,

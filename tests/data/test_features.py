@@ -148,12 +148,13 @@ def test_a_clip_that_could_not_be_embedded_is_replaced_in_training_and_refused_a
     assert "not embedded: clip-0008 of" in capsys.readouterr().err
     header = read_feature_file(f"{shards}/00001.own.safetensors").header
     assert list(header.missing) == ["2"]
-    assert "jpg does not decode" in header.missing["2"]
+    assert "3.jpg has changed" in header.missing["2"]
     run = prepared(shards, tmp_path, *PICTURES, "data.frame_features=own")
     batches = [training_batches(run)[step] for step in range(4)]
     bad = [sample for batch in batches for sample in batch.bad_samples]
     assert {sample.key for sample in bad} == {"clip-0008"}
-    assert "not embedded (jpg does not decode" in bad[0].reason
+    assert "not embedded (3.jpg has changed" in bad[0].reason
+    assert bad[0].kind == "not_embedded"
     assert all(len(batch.keys) == 4 and "clip-0008" not in batch.keys for batch in batches)
     decode = run.recipe.data.decode_config(frames="middle", frame_pixels=64, random=False)
     evaluation = EvaluationBatches(
