@@ -98,8 +98,8 @@ def every_case(rank: int) -> list[tuple[str, float]]:
             own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
             even = len(set(counts)) == 1
             for name, config in CONFIGS.items():
-                # Tiles of one row, of a few, of all; micro-batches where the ranks have equal shares.
-                for tile_bytes, num_micro_batches in ((1, 1), (3000, 2 if even else 1), (1 << 20, 3 if even else 1)):
+                # Tiles of one row, and of a few; micro-batches where the ranks have equal shares.
+                for tile_bytes, num_micro_batches in ((1, 1), (3000, 3 if even else 1)):
                     tiled = dataclasses.replace(config, tile_bytes=tile_bytes)
                     found = ranks_of_group(tiled, own, groups[size], num_micro_batches)
                     label = f"{name}, counts {counts}, tiles of {tile_bytes} B, {num_micro_batches} micro-batches"
