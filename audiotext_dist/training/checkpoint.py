@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ from audiotext_dist import storage
 from audiotext_dist.distributed import World, barrier, from_main, gather_items
 from audiotext_dist.errors import UserError, require_positive
 from audiotext_dist.training.engine import Engine
+from audiotext_dist.training.health import Health
 
 CHECKPOINTS = "checkpoints"
 MODEL_FILE = "model.safetensors"
@@ -69,6 +70,7 @@ class Progress:
     optimizer: str
     zero_stage: int
     wandb_id: str | None = None
+    health: Health = field(default_factory=Health)
 
     def check_fits(self, other: Progress, where: str) -> None:
         """Raise ``UserError`` unless the other run reads the same batches on as many processes."""
@@ -172,8 +174,10 @@ def make_readable(weights_file: Path) -> None:
 def read_progress(checkpoint: Path) -> Progress:
     """Where the checkpoint's run stood."""
     try:
-        return Progress(**json.loads((checkpoint / _PROGRESS).read_text()))
-    except (TypeError, ValueError):
+        found = json.loads((checkpoint / _PROGRESS).read_text())
+        health = found.pop("health")
+        return Progress(**found, health=Health(**{**health, "recent_losses": tuple(health["recent_losses"])}))
+    except (TypeError, ValueError, KeyError, AttributeError):
         raise UserError(f"{checkpoint} is of another version of this program: start under a new run_dir") from None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 from dataclasses import dataclass
@@ -116,6 +117,7 @@ class Engine:
                 "steps_per_print": 1 << 40,
             },
         )
+        self._zero_stage = config.zero_stage
         self._engine.checkpoint_engine = _WeightsOnlyCheckpointEngine()
 
     @property
@@ -132,9 +134,24 @@ class Engine:
         """Gradients of this rank's loss, averaged over ranks."""
         self._engine.backward(loss)
 
-    def step(self) -> None:
-        """Update the parameters and clear the gradients."""
-        self._engine.step()
+    def step(self) -> float:
+        """Update the parameters and clear the gradients; returns the gradient's norm before clipping.
+
+        Where the norm is not finite, the same on every rank, nothing but the gradients has changed. That includes
+        finite gradients so large that their squares are not: they would spoil the optimizer's sums for good.
+        """
+        if self._zero_stage:
+            # ZeRO agrees on the norm by itself, and skips.
+            self._engine.step()
+            return float("inf") if self._optimizer.overflow else float(self._optimizer._global_grad_norm)
+        # Stage 0 has no guard of its own. The gradients are those of all ranks already, so all see the same norm.
+        gradients = [parameter.grad for group in self.param_groups for parameter in group["params"]]
+        norm = float(torch.nn.utils.get_total_norm([each for each in gradients if each is not None]))
+        if math.isfinite(norm):
+            self._engine.step()
+        else:
+            self._engine.zero_grad()
+        return norm
 
     def train(self) -> None:
         """Training mode."""

@@ -6,26 +6,26 @@ learning rate, update, log, checkpoint, evaluate.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
+import math
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
 
 from audiotext_dist import configuration, storage
-from audiotext_dist.data.cache import ReadCounts
 from audiotext_dist.data.loader import Batch, TrainingBatches, in_step, iterate
-from audiotext_dist.distributed import World, barrier, min_and_max_over_ranks, sum_over_ranks, sums_over_ranks
+from audiotext_dist.distributed import World, barrier, sum_over_ranks
 from audiotext_dist.errors import UserError
 from audiotext_dist.evaluation import report
 from audiotext_dist.evaluation.retrieval import RetrievalResult, evaluate_set
 from audiotext_dist.training import checkpoint
 from audiotext_dist.training.checkpoint import Progress
 from audiotext_dist.training.engine import Engine, start_process_group
+from audiotext_dist.training.health import HealthWatch
+from audiotext_dist.training.meter import Meter
 from audiotext_dist.training.optim import build_optimizer, schedule, set_learning_rates
 from audiotext_dist.training.prepare import Prepared
 from audiotext_dist.training.step import StepResult, check_finite_weights, train_step
@@ -92,6 +92,13 @@ class _Run:
         self._step = self._saved_step = progress.step
         self._evaluated_step, self._results = -1, list[RetrievalResult]()
         self._num_read = self._num_bad = 0
+        self._health = HealthWatch(
+            progress.health,
+            spike_ratio=self._recipe.training.spike_ratio,
+            skip_spikes=self._recipe.training.skip_spikes,
+            max_sick_in_a_row=self._recipe.training.max_sick_steps_in_a_row,
+            run_dir=Path(self._recipe.run_dir),
+        )
 
     def to_the_end(self) -> list[RetrievalResult]:
         """Every step that is left, then the last checkpoint and evaluation."""
@@ -103,18 +110,13 @@ class _Run:
             dynamic_ncols=True,
             disable=not (self._world.is_main and sys.stderr.isatty()),
         ) as bar:
-            meter = _Meter(self._world, recipe.training.global_batch_size)
+            meter = Meter(self._world, recipe.training.global_batch_size)
             self._engine.train()
             for batch in in_step(meter.waiting_for(self._batches())):
-                share = schedule(
-                    self._step,
-                    warmup_steps=round(recipe.optim.warmup_epochs * self._steps_an_epoch),
-                    num_steps=self._num_steps,
-                    final_share=recipe.optim.final_lr_share,
-                )
-                set_learning_rates(self._engine.param_groups, share)
-                result = train_step(self._engine, self._prepared.model, batch, self._step)
+                self._set_learning_rates()
+                result = train_step(self._engine, self._prepared.model, batch, self._health)
                 self._step += 1
+                self._health.note(self._step, result.loss, result.sickness, batch.keys, self._world)
                 self._count_bad_samples(batch)
                 if self._step % recipe.tracker.every_steps == 0 or self._step == self._last_step:
                     self._log_step(result, meter, bar)
@@ -126,6 +128,17 @@ class _Run:
                         self._evaluate()
         self._save()
         return self._evaluate()
+
+    def _set_learning_rates(self) -> None:
+        """The schedule counts updates: a batch that is skipped leaves it where it was."""
+        optim = self._recipe.optim
+        share = schedule(
+            self._step - self._health.health.num_skipped,
+            warmup_steps=round(optim.warmup_epochs * self._steps_an_epoch),
+            num_steps=self._num_steps,
+            final_share=optim.final_lr_share,
+        )
+        set_learning_rates(self._engine.param_groups, share)
 
     def _is_due(self, every_epochs: int, every_steps: int | None = None) -> bool:
         return self._step % (every_epochs * self._steps_an_epoch) == 0 or bool(
@@ -152,16 +165,22 @@ class _Run:
         steps_left = range(self._step, self._last_step)
         return iterate(batches, steps_left, num_workers=data.num_workers, device=self._world.device)
 
-    def _log_step(self, result: StepResult, meter: _Meter, bar: tqdm) -> None:
+    def _log_step(self, result: StepResult, meter: Meter, bar: tqdm) -> None:
         epoch = self._step / self._steps_an_epoch
         read = meter.read()
         learning_rates = [group["lr"] for group in self._engine.param_groups]
+        measured = {
+            "train/loss": result.loss,
+            "train/recall_at_1": result.recall_at_1,
+            "train/logit_scale": result.logit_scale,
+            "optim/gradient_norm": result.gradient_norm,
+        }
         self._tracker.log(
             self._step,
             {
-                "train/loss": result.loss,
-                "train/recall_at_1": result.recall_at_1,
-                "train/logit_scale": result.logit_scale,
+                # JSON knows no other numbers than finite ones.
+                **{name: value for name, value in measured.items() if value is not None and math.isfinite(value)},
+                **self._health.metrics(),
                 "train/epoch": epoch,
                 "optim/weight_lr": learning_rates[0],
                 "optim/bias_lr": learning_rates[-1],
@@ -206,7 +225,12 @@ class _Run:
             self._engine,
             self._prepared.model,
             dataclasses.replace(
-                self._start, step=self._step, epoch=epoch, batch=batch, wandb_id=self._tracker.wandb_id
+                self._start,
+                step=self._step,
+                epoch=epoch,
+                batch=batch,
+                wandb_id=self._tracker.wandb_id,
+                health=self._health.health,
             ),
             Path(self._recipe.run_dir),
             self._world,
@@ -239,53 +263,3 @@ class _Run:
                 report.write_results(self._results, Path(recipe.run_dir))
         barrier()
         return self._results
-
-
-class _Meter:
-    """What the data cost since it was last read: clips a second, share of time that ranks wait, bytes, cache."""
-
-    def __init__(self, world: World, global_batch_size: int) -> None:
-        self._world, self._global_batch_size = world, global_batch_size
-        self._start = time.perf_counter()
-        self._waited_seconds = 0.0
-        self._num_batches = 0
-        self._counts = ReadCounts()
-
-    def waiting_for(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches, each wait measured."""
-        while True:
-            before = time.perf_counter()
-            batch = next(batches, None)
-            if batch is None:
-                return
-            self._waited_seconds += time.perf_counter() - before
-            self._num_batches += 1
-            self._counts += batch.counts
-            yield batch
-
-    @contextlib.contextmanager
-    def stopped(self) -> Iterator[None]:
-        """What happens inside counts as no time."""
-        before = time.perf_counter()
-        yield
-        self._start += time.perf_counter() - before
-
-    def read(self) -> dict[str, float]:
-        """Name -> figure over all ranks; starts anew. Bytes are those of the workers, which are some batches ahead."""
-        now = time.perf_counter()
-        seconds = now - self._start
-        least, greatest = min_and_max_over_ranks(self._waited_seconds / seconds, self._world.device)
-        sums = sums_over_ranks(dataclasses.astuple(self._counts), self._world.device)
-        counts = ReadCounts(*map(int, sums))
-        figures = {
-            "clips_per_second": self._num_batches * self._global_batch_size / seconds,
-            "waiting_share_min": least,
-            "waiting_share_max": greatest,
-            "read_bytes_per_second": counts.bytes_read / seconds,
-            "fetched_bytes_per_second": counts.bytes_fetched / seconds,
-            "cache_hits": counts.cache_hits,
-            "cache_misses": counts.cache_misses,
-            "prefetch_waits": counts.prefetch_waits,
-        }
-        self._start, self._waited_seconds, self._num_batches, self._counts = now, 0.0, 0, ReadCounts()
-        return figures

@@ -13,38 +13,39 @@ from audiotext_dist.errors import UserError
 from audiotext_dist.losses.contrastive import contrastive_loss
 from audiotext_dist.models.dual_encoder import DualEncoder, ModelInputs
 from audiotext_dist.training.engine import Engine
-
-MEND_OF_DIVERGENCE = (
-    "lower optim.weight_lr, lengthen optim.warmup_epochs, or set optim.gradient_clipping=1.0; "
-    "training.resume=auto goes on from the last checkpoint"
-)
+from audiotext_dist.training.health import MEND_OF_DIVERGENCE, HealthWatch, Sickness
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """The whole batch's loss, the share of its clips that find their own pair first, and 1 / temperature."""
+    """The whole batch's loss, the share of its clips that find their own pair first, and 1 / temperature.
+
+    gradient_norm: over all parameters, before clipping; None where there was no backward. sickness: see health.py.
+    """
 
     loss: float
     recall_at_1: float
     logit_scale: float
+    gradient_norm: float | None
+    sickness: Sickness | None
 
 
-def train_step(engine: Engine, model: DualEncoder, batch: Batch, step: int) -> StepResult:
-    """Forward, backward and update.
-
-    Raises:
-        UserError: the loss is not finite; on every rank, before any rank's backward.
-    """
+def train_step(engine: Engine, model: DualEncoder, batch: Batch, health: HealthWatch) -> StepResult:
+    """Forward, backward and update; a sick step ends on every rank before the part that it would spoil."""
     a_nD, b_nD = engine(model_inputs(batch))
     scale = model.scale()
     output = contrastive_loss(a_nD, b_nD, scale)
     recall_at_1 = (output.own_rank_n == 0).float().mean()
     loss, recall = mean_over_ranks(torch.stack([output.loss.detach(), recall_at_1])).tolist()
-    if not math.isfinite(loss):
-        raise UserError(f"the loss of step {step + 1} is not finite: {MEND_OF_DIVERGENCE}")
-    engine.backward(output.loss)
-    engine.step()
-    return StepResult(loss=loss, recall_at_1=recall, logit_scale=scale.item())
+    sickness, gradient_norm = health.judge_loss(loss), None
+    if not health.is_skipped(sickness):
+        engine.backward(output.loss)
+        gradient_norm = engine.step()
+        if not math.isfinite(gradient_norm):
+            sickness = "gradient"
+    return StepResult(
+        loss=loss, recall_at_1=recall, logit_scale=scale.item(), gradient_norm=gradient_norm, sickness=sickness
+    )
 
 
 def check_finite_weights(model: DualEncoder, step: int) -> None:
