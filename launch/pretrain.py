@@ -24,6 +24,9 @@ HELP = """Train a recipe on every process the launcher starts.
 A run leaves in its folder (run_dir): recipe.yaml, the resolved recipe; metrics.jsonl; checkpoints/;
 retrieval.json, the last evaluation; loss.png. Go on after a stop with training.resume=auto.
 
+SIGTERM or SIGUSR1 to a rank ends the run with a checkpoint and exit code 75; `python -m launch.run` in the place of
+`deepspeed` passes them on and keeps that code (docs/clusters.md).
+
 Keys and their defaults:
 """
 
@@ -39,7 +42,12 @@ def main() -> None:
     logging.getLogger("audiotext_dist").setLevel(logging.INFO if world.is_main else logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
     prepared = prepare(read_recipe(words), world)
-    results = train(prepared)
+    try:
+        results = train(prepared)
+    except SystemExit:
+        # Asked to stop: every rank leaves here.
+        stop_process_group()
+        raise
     stop_process_group()
     if world.is_main:
         if results:

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -262,9 +263,16 @@ def iterate(batches: Dataset[Batch], numbers: range, *, num_workers: int, device
         sampler=numbers,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
+        worker_init_fn=_leave_signals_to_the_rank,
     )
     for batch in loader:
         if isinstance(batch, UserError):
             batch.on_every_rank = False
             raise batch
         yield batch.to(device)
+
+
+def _leave_signals_to_the_rank(_: int) -> None:
+    """A launcher signals workers as well; a rank that is asked to stop still needs its own until the step's end."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from audiotext_dist import configuration, storage
 from audiotext_dist.data.loader import Batch, TrainingBatches, in_step, iterate
-from audiotext_dist.distributed import World, barrier, sum_over_ranks
+from audiotext_dist.distributed import World, any_over_ranks, barrier, gather_items, sum_over_ranks
 from audiotext_dist.errors import UserError
 from audiotext_dist.evaluation import report
 from audiotext_dist.evaluation.retrieval import RetrievalResult, evaluate_set
@@ -27,6 +27,7 @@ from audiotext_dist.training.engine import Engine, start_process_group
 from audiotext_dist.training.health import HealthWatch
 from audiotext_dist.training.meter import Meter
 from audiotext_dist.training.optim import build_optimizer, schedule, set_learning_rates
+from audiotext_dist.training.preemption import EXIT_PREEMPTED, StopRequest
 from audiotext_dist.training.prepare import Prepared
 from audiotext_dist.training.step import StepResult, check_finite_weights, train_step
 from audiotext_dist.training.tracker import Tracker, read_metrics
@@ -35,7 +36,12 @@ _log = logging.getLogger(__name__)
 
 
 def train(prepared: Prepared) -> list[RetrievalResult]:
-    """Train to the end; the last evaluation's results."""
+    """Train to the end; the last evaluation's results.
+
+    Raises:
+        SystemExit: with ``EXIT_PREEMPTED``, where any rank was asked to stop; a checkpoint is written.
+    """
+    stop = StopRequest()
     recipe, world = prepared.recipe, prepared.world
     run_dir = Path(recipe.run_dir)
     start_process_group(world)
@@ -62,7 +68,7 @@ def train(prepared: Prepared) -> list[RetrievalResult]:
         wandb_id=progress.wandb_id,
         is_main=world.is_main,
     )
-    results = _Run(prepared, engine, tracker, progress).to_the_end()
+    results = _Run(prepared, engine, tracker, progress, stop).to_the_end()
     if world.is_main:
         report.draw_loss(read_metrics(run_dir), run_dir)
         tracker.close()
@@ -83,8 +89,10 @@ def _resume(engine: Engine, run_dir: Path, start: Progress, world: World) -> Pro
 class _Run:
     """The epochs of one run, and where it stands in them."""
 
-    def __init__(self, prepared: Prepared, engine: Engine, tracker: Tracker, progress: Progress) -> None:
-        self._prepared, self._engine, self._tracker = prepared, engine, tracker
+    def __init__(
+        self, prepared: Prepared, engine: Engine, tracker: Tracker, progress: Progress, stop: StopRequest
+    ) -> None:
+        self._prepared, self._engine, self._tracker, self._stop = prepared, engine, tracker, stop
         self._recipe, self._world = prepared.recipe, prepared.world
         self._start, self._steps_an_epoch = progress, progress.steps_an_epoch
         self._num_steps = self._steps_an_epoch * self._recipe.training.num_epochs
@@ -124,6 +132,7 @@ class _Run:
                 with meter.stopped():
                     if self._is_due(recipe.checkpoint.every_epochs, recipe.checkpoint.every_steps):
                         self._save()
+                    self._leave_if_asked()
                     if self._is_due(recipe.evaluation.every_epochs):
                         self._evaluate()
         self._save()
@@ -214,6 +223,23 @@ class _Run:
                 f"{self._recipe.data.max_bad_share}: the warnings above name them; rebuild those shards"
             )
         return num_bad
+
+    def _leave_if_asked(self) -> None:
+        """One rank that was asked to stop is enough: all write the checkpoint, and end."""
+        if not any_over_ranks(self._stop.reason is not None):
+            return
+        reasons = {reason for reason in gather_items(self._stop.reason) if reason is not None}
+        self._save()
+        self._stop.ignore_more()
+        if self._world.is_main:
+            _log.warning(
+                "stopped by %s after step %d of %d; training.resume=auto goes on",
+                " and ".join(sorted(reasons)),
+                self._step,
+                self._last_step,
+            )
+            self._tracker.close()
+        raise SystemExit(EXIT_PREEMPTED)
 
     def _save(self) -> None:
         if self._saved_step == self._step:
