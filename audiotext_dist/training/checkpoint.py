@@ -1,13 +1,16 @@
 """Checkpoints: complete or invisible.
 
     run_dir/checkpoints/step-00000100/
-        deepspeed/            model and optimizer as DeepSpeed writes them, a part a rank
         model.safetensors     every weight of the model, readable without DeepSpeed
-        random-00000.safetensors ...    each rank's random state
+        optimizer.safetensors what the optimizer holds of every parameter, whole
         progress.json         step, epoch, batch, world size, W&B run
         recipe.yaml           the resolved recipe
         manifest.json         size and SHA-256 of every file above
     run_dir/checkpoints/latest          the newest one's name, moved last; for people and scripts
+    run_dir/checkpoints/best.json       the best one's name and metric, where checkpoint.best_metric is given
+
+Nothing in it depends on the number of processes or the ZeRO stage, so a run goes on under others. Random numbers
+are drawn from the seed, the step and the rank, so they need no file.
 
 A checkpoint is written as ``.step-...partial``, given its manifest, and only then renamed. Loading goes
 through the checkpoints from the newest, and takes the first that every rank finds whole; damaged newer ones
@@ -17,9 +20,12 @@ are removed by the run that goes on from it.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -27,37 +33,52 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from audiotext_dist import storage
-from audiotext_dist.distributed import World, barrier, from_main, gather_items
+from audiotext_dist.distributed import World, from_main, gather_items
 from audiotext_dist.errors import UserError, require_positive
 from audiotext_dist.training.engine import Engine
 from audiotext_dist.training.health import Health
 
 CHECKPOINTS = "checkpoints"
 MODEL_FILE = "model.safetensors"
+_OPTIMIZER_FILE = "optimizer.safetensors"
 RECIPE_FILE = "recipe.yaml"
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
 _PROGRESS = "progress.json"
 _POINTER = "latest"
-_DEEPSPEED_TAG = "deepspeed"
+_BEST = "best.json"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When checkpoints are written, and how many stay."""
+    """When checkpoints are written, how many stay, and where copies go.
+
+    best_metric: such as ``validation/NAME/audio->text/recall_at_1``; the checkpoint where it is highest (or lowest,
+    by best_is) stays beside the last ones, and every evaluation comes with a checkpoint.
+    upload_to: ``s3://bucket/folder`` of this run alone; a run on an empty disk goes on from there.
+    """
 
     every_epochs: int = 1
     every_steps: int | None = None
     keep_last: int = 2
+    best_metric: str | None = None
+    best_is: Literal["highest", "lowest"] = "highest"
+    upload_to: str | None = None
 
     def __post_init__(self) -> None:
+        if self.upload_to is not None:
+            if not storage.is_remote(self.upload_to):
+                raise UserError(f"checkpoint.upload_to={self.upload_to} is no URL: give s3://bucket/folder")
+            storage.check_no_credentials(self.upload_to)
         require_positive(self, "checkpoint", "every_epochs", "every_steps", "keep_last")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a run stands: ``step`` updates done; the next batch is number ``batch`` of ``epoch``.
+    """Where a run stands: ``step`` batches done; the next batch is number ``batch`` of ``epoch``.
 
-    The other numbers fix what those three mean: a run goes on only where they are the same.
+    seed, global_batch_size, steps_an_epoch, optimizer: what fixes the meaning of those three; a run goes on only
+    where they are the same. world_size: of the processes that wrote this; others may go on.
     """
 
     step: int
@@ -68,19 +89,16 @@ class Progress:
     steps_an_epoch: int
     world_size: int
     optimizer: str
-    zero_stage: int
     wandb_id: str | None = None
     health: Health = field(default_factory=Health)
 
     def check_fits(self, other: Progress, where: str) -> None:
-        """Raise ``UserError`` unless the other run reads the same batches on as many processes."""
+        """Raise ``UserError`` unless the other run reads the same batches, and updates in the same way."""
         for key, what in (
             ("seed", "training.seed"),
             ("global_batch_size", "training.global_batch_size"),
             ("steps_an_epoch", "the number of batches an epoch (its data sets and weights)"),
-            ("world_size", "the number of processes"),
             ("optimizer", "optim.name"),
-            ("zero_stage", "engine.zero_stage"),
         ):
             before, now = getattr(self, key), getattr(other, key)
             if before != now:
@@ -96,32 +114,99 @@ def save(
     *,
     recipe_yaml: str,
     keep_last: int,
-) -> None:
-    """Write a checkpoint; every rank calls it, and returns when it is complete."""
-    folder = run_dir / CHECKPOINTS
-    name = f"step-{progress.step:08d}"
-    partial = folder / f".{name}.partial"
-    if world.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    barrier()
-    engine.save(partial, _DEEPSPEED_TAG)
-    save_file(_random_state(world), partial / _random_file(world.rank))
+) -> Path | None:
+    """Write a checkpoint; every rank calls it, and returns when it is complete.
+
+    None where the disk refused it, which a warning tells: nothing of it is left, and earlier ones are as they were.
+    """
+    optimizer_state = engine.optimizer_state(on_this_rank=world.is_main)
+    saved: Path | None = None
     if world.is_main:
         weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-        save_file(weights, partial / MODEL_FILE)
-        make_readable(partial / MODEL_FILE)
-        storage.write_bytes(str(partial / _PROGRESS), json.dumps(asdict(progress)).encode())
-        storage.write_bytes(str(partial / RECIPE_FILE), recipe_yaml.encode())
-    barrier()
-    if world.is_main:
-        storage.write_bytes(str(partial / _MANIFEST), json.dumps(_describe_files(partial), indent=1).encode())
-        shutil.rmtree(folder / name, ignore_errors=True)
-        partial.rename(folder / name)
-        storage.write_bytes(str(folder / _POINTER), name.encode())
-        for old in _complete_checkpoints(run_dir)[keep_last:]:
-            shutil.rmtree(old)
-    barrier()
+        partial = run_dir / CHECKPOINTS / f".{_name(progress.step)}.partial"
+        try:
+            _write(partial, weights, optimizer_state, progress, recipe_yaml)
+            saved = _give_name(partial, run_dir)
+            for old in _complete_checkpoints(run_dir):
+                if old.name not in kept_names(run_dir, keep_last):
+                    shutil.rmtree(old)
+        except (OSError, UserError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            _log.warning(
+                "no checkpoint of step %d (%s): the run goes on, make room in %s", progress.step, error, run_dir
+            )
+    return from_main(saved)
+
+
+def _write(
+    partial: Path,
+    weights: dict[str, torch.Tensor],
+    optimizer_state: dict[str, torch.Tensor],
+    progress: Progress,
+    recipe_yaml: str,
+) -> None:
+    """All files of a checkpoint, the manifest of what the disk then holds last."""
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for file, tensors in ((MODEL_FILE, weights), (_OPTIMIZER_FILE, optimizer_state)):
+        save_file(tensors, partial / file)
+        make_readable(partial / file)
+    storage.write_bytes(str(partial / _PROGRESS), json.dumps(asdict(progress)).encode())
+    storage.write_bytes(str(partial / RECIPE_FILE), recipe_yaml.encode())
+    storage.write_bytes(str(partial / MANIFEST), json.dumps(_describe_files(partial), indent=1).encode())
+
+
+def _give_name(partial: Path, run_dir: Path) -> Path:
+    """From here on the checkpoint is to be seen."""
+    named = partial.with_name(partial.name.removeprefix(".").removesuffix(".partial"))
+    shutil.rmtree(named, ignore_errors=True)
+    partial.rename(named)
+    try:
+        storage.write_bytes(str(run_dir / CHECKPOINTS / _POINTER), named.name.encode())
+    except UserError:
+        _log.warning("the disk is full: %s is whole, but %s does not name it", named, _POINTER)
+    return named
+
+
+def kept_names(run_dir: Path, keep_last: int) -> set[str]:
+    """The checkpoints that stay: the last ones, and the best."""
+    best = _best(run_dir)
+    last = [found.name for found in _complete_checkpoints(run_dir)[:keep_last]]
+    return {*last, *([] if best is None else [str(best["name"])])}
+
+
+def note_metric(run_dir: Path, step: int, metrics: Mapping[str, float], config: CheckpointConfig) -> None:
+    """Remember the checkpoint of this step if its metric is the best so far; on the main rank.
+
+    Raises:
+        UserError: there is no such metric.
+    """
+    if config.best_metric is None or not (run_dir / CHECKPOINTS / _name(step)).is_dir():
+        return
+    if config.best_metric not in metrics:
+        raise UserError(
+            f"checkpoint.best_metric={config.best_metric} is not among what is evaluated: give one of "
+            f"{', '.join(sorted(metrics))}"
+        )
+    value, best = metrics[config.best_metric], _best(run_dir)
+    sign = 1 if config.best_is == "highest" else -1
+    same = best is not None and best["metric"] == config.best_metric
+    if best is None or not same or sign * value > sign * float(best["value"]):
+        content = {"name": _name(step), "metric": config.best_metric, "value": value}
+        storage.write_bytes(str(run_dir / CHECKPOINTS / _BEST), json.dumps(content).encode())
+
+
+def _best(run_dir: Path) -> dict[str, Any] | None:
+    """What is written of the best checkpoint, while there is one of that name."""
+    try:
+        found: dict[str, Any] = json.loads((run_dir / CHECKPOINTS / _BEST).read_text())
+        return found if (run_dir / CHECKPOINTS / found["name"]).is_dir() else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def find_newest_whole(run_dir: Path, world: World) -> Path | None:
@@ -135,22 +220,19 @@ def find_newest_whole(run_dir: Path, world: World) -> Path | None:
     return None
 
 
-def load(engine: Engine, checkpoint: Path, start: Progress, world: World) -> Progress:
-    """Bring the engine and this rank's random state to where the checkpoint stands.
+def load(engine: Engine, model: nn.Module, checkpoint: Path, start: Progress) -> Progress:
+    """Bring model and optimizer to where the checkpoint stands; every rank calls it. Rates stay the recipe's own.
 
     Args:
         start: what this run would start with.
 
     Raises:
-        UserError: the checkpoint is of a run with other batches, processes or towers.
+        UserError: the checkpoint is of a run with other batches or towers.
     """
     progress = read_progress(checkpoint)
     progress.check_fits(start, str(checkpoint))
-    engine.load(checkpoint, _DEEPSPEED_TAG)
-    random = load_file(checkpoint / _random_file(world.rank))
-    torch.set_rng_state(random["cpu"])
-    if "cuda" in random:
-        torch.cuda.set_rng_state(random["cuda"])
+    _load_strictly(model, load_file(checkpoint / MODEL_FILE), str(checkpoint))
+    engine.load_optimizer_state(load_file(checkpoint / _OPTIMIZER_FILE))
     return progress
 
 
@@ -240,17 +322,6 @@ def _complete_checkpoints(run_dir: Path) -> list[Path]:
     return sorted((run_dir / CHECKPOINTS).glob("step-*"), reverse=True)
 
 
-def _random_file(rank: int) -> str:
-    return f"random-{rank:05d}.safetensors"
-
-
-def _random_state(world: World) -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if world.device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
 def _describe_files(folder: Path) -> dict[str, dict[str, str | int]]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
@@ -261,7 +332,7 @@ def _describe_files(folder: Path) -> dict[str, dict[str, str | int]]:
 
 def _is_whole(checkpoint: Path, world: World) -> bool:
     try:
-        manifest = json.loads((checkpoint / _MANIFEST).read_text())
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
         for number, (name, expected) in enumerate(sorted(manifest.items())):
             path = checkpoint / name
             if path.stat().st_size != expected["bytes"]:

@@ -13,6 +13,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import torch
+from torch import nn
 from tqdm import tqdm
 
 from audiotext_dist import configuration, storage
@@ -55,7 +58,7 @@ def train(prepared: Prepared) -> list[RetrievalResult]:
     )
     progress = prepared.start()
     if recipe.training.resume == "auto":
-        progress = _resume(engine, run_dir, progress, world)
+        progress = _resume(engine, model, run_dir, progress, world)
     # Only now is it sure that the folder's earlier run, if any, goes on as this recipe says.
     if world.is_main:
         storage.write_bytes(str(run_dir / checkpoint.RECIPE_FILE), configuration.to_yaml(recipe).encode())
@@ -75,14 +78,16 @@ def train(prepared: Prepared) -> list[RetrievalResult]:
     return results
 
 
-def _resume(engine: Engine, run_dir: Path, start: Progress, world: World) -> Progress:
+def _resume(engine: Engine, model: nn.Module, run_dir: Path, start: Progress, world: World) -> Progress:
     newest = checkpoint.find_newest_whole(run_dir, world)
     if newest is None:
         return start
-    progress = checkpoint.load(engine, newest, start, world)
+    progress = checkpoint.load(engine, model, newest, start)
     if world.is_main:
         checkpoint.remove_newer(newest)
         _log.info("resumed from %s: step %d, epoch %d", newest, progress.step, progress.epoch + 1)
+        if progress.world_size != world.size:
+            _log.info("%d processes go on where %d stopped", world.size, progress.world_size)
     return progress
 
 
@@ -122,6 +127,7 @@ class _Run:
             self._engine.train()
             for batch in in_step(meter.waiting_for(self._batches())):
                 self._set_learning_rates()
+                self._seed_step()
                 result = train_step(self._engine, self._prepared.model, batch, self._health)
                 self._step += 1
                 self._health.note(self._step, result.loss, result.sickness, batch.keys, self._world)
@@ -148,6 +154,13 @@ class _Run:
             final_share=optim.final_lr_share,
         )
         set_learning_rates(self._engine.param_groups, share)
+
+    def _seed_step(self) -> None:
+        """Dropout's numbers come from the seed, the step and the rank alone: a run that goes on draws what it would
+        have drawn, without any saved state, and no two ranks draw the same.
+        """
+        words = np.random.SeedSequence([self._recipe.training.seed, self._step, self._world.rank])
+        torch.manual_seed(int(words.generate_state(1, np.uint64)[0] >> 1))
 
     def _is_due(self, every_epochs: int, every_steps: int | None = None) -> bool:
         return self._step % (every_epochs * self._steps_an_epoch) == 0 or bool(
@@ -252,6 +265,7 @@ class _Run:
             self._prepared.model,
             dataclasses.replace(
                 self._start,
+                world_size=self._world.size,
                 step=self._step,
                 epoch=epoch,
                 batch=batch,

@@ -59,7 +59,6 @@ class Prepared:
             steps_an_epoch=self.plan(epoch=0).num_batches,
             world_size=self.world.size,
             optimizer=self.recipe.optim.name,
-            zero_stage=self.recipe.engine.zero_stage,
         )
 
 

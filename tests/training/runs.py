@@ -34,6 +34,7 @@ SMALL = [
     "model.text.name=tiny-64",
     "model.text.frozen=false",
     "training.global_batch_size=12",
+    "data.num_lanes=6",  # shared by 1, 2 or 3 ranks
     "training.num_epochs=10",
     "training.resume=auto",
     "optim.weight_lr=3e-3",
