@@ -7,7 +7,7 @@
         recipe.yaml           the resolved recipe
         manifest.json         size and SHA-256 of every file above
     run_dir/checkpoints/latest          the newest one's name, moved last; for people and scripts
-    run_dir/checkpoints/best.json       the best one's name and metric, where checkpoint.best_metric is given
+    run_dir/checkpoints/best.json       the best one's name and metric (saving.py)
 
 Nothing in it depends on the number of processes or the ZeRO stage, so a run goes on under others. Random numbers
 are drawn from the seed, the step and the rank, so they need no file.
@@ -22,10 +22,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -34,7 +32,7 @@ from torch import nn
 
 from audiotext_dist import storage
 from audiotext_dist.distributed import World, from_main, gather_items
-from audiotext_dist.errors import UserError, require_positive
+from audiotext_dist.errors import UserError
 from audiotext_dist.training.engine import Engine
 from audiotext_dist.training.health import Health
 
@@ -45,32 +43,7 @@ RECIPE_FILE = "recipe.yaml"
 MANIFEST = "manifest.json"
 _PROGRESS = "progress.json"
 _POINTER = "latest"
-_BEST = "best.json"
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """When checkpoints are written, how many stay, and where copies go.
-
-    best_metric: such as ``validation/NAME/audio->text/recall_at_1``; the checkpoint where it is highest (or lowest,
-    by best_is) stays beside the last ones, and every evaluation comes with a checkpoint.
-    upload_to: ``s3://bucket/folder`` of this run alone; a run on an empty disk goes on from there.
-    """
-
-    every_epochs: int = 1
-    every_steps: int | None = None
-    keep_last: int = 2
-    best_metric: str | None = None
-    best_is: Literal["highest", "lowest"] = "highest"
-    upload_to: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.upload_to is not None:
-            if not storage.is_remote(self.upload_to):
-                raise UserError(f"checkpoint.upload_to={self.upload_to} is no URL: give s3://bucket/folder")
-            storage.check_no_credentials(self.upload_to)
-        require_positive(self, "checkpoint", "every_epochs", "every_steps", "keep_last")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +86,6 @@ def save(
     world: World,
     *,
     recipe_yaml: str,
-    keep_last: int,
 ) -> Path | None:
     """Write a checkpoint; every rank calls it, and returns when it is complete.
 
@@ -123,13 +95,10 @@ def save(
     saved: Path | None = None
     if world.is_main:
         weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-        partial = run_dir / CHECKPOINTS / f".{_name(progress.step)}.partial"
+        partial = run_dir / CHECKPOINTS / f".{name_of(progress.step)}.partial"
         try:
             _write(partial, weights, optimizer_state, progress, recipe_yaml)
             saved = _give_name(partial, run_dir)
-            for old in _complete_checkpoints(run_dir):
-                if old.name not in kept_names(run_dir, keep_last):
-                    shutil.rmtree(old)
         except (OSError, UserError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             _log.warning(
@@ -168,44 +137,8 @@ def _give_name(partial: Path, run_dir: Path) -> Path:
     return named
 
 
-def kept_names(run_dir: Path, keep_last: int) -> set[str]:
-    """The checkpoints that stay: the last ones, and the best."""
-    best = _best(run_dir)
-    last = [found.name for found in _complete_checkpoints(run_dir)[:keep_last]]
-    return {*last, *([] if best is None else [str(best["name"])])}
-
-
-def note_metric(run_dir: Path, step: int, metrics: Mapping[str, float], config: CheckpointConfig) -> None:
-    """Remember the checkpoint of this step if its metric is the best so far; on the main rank.
-
-    Raises:
-        UserError: there is no such metric.
-    """
-    if config.best_metric is None or not (run_dir / CHECKPOINTS / _name(step)).is_dir():
-        return
-    if config.best_metric not in metrics:
-        raise UserError(
-            f"checkpoint.best_metric={config.best_metric} is not among what is evaluated: give one of "
-            f"{', '.join(sorted(metrics))}"
-        )
-    value, best = metrics[config.best_metric], _best(run_dir)
-    sign = 1 if config.best_is == "highest" else -1
-    same = best is not None and best["metric"] == config.best_metric
-    if best is None or not same or sign * value > sign * float(best["value"]):
-        content = {"name": _name(step), "metric": config.best_metric, "value": value}
-        storage.write_bytes(str(run_dir / CHECKPOINTS / _BEST), json.dumps(content).encode())
-
-
-def _best(run_dir: Path) -> dict[str, Any] | None:
-    """What is written of the best checkpoint, while there is one of that name."""
-    try:
-        found: dict[str, Any] = json.loads((run_dir / CHECKPOINTS / _BEST).read_text())
-        return found if (run_dir / CHECKPOINTS / found["name"]).is_dir() else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _name(step: int) -> str:
+def name_of(step: int) -> str:
+    """The folder's name of a step's checkpoint; names sort as steps do."""
     return f"step-{step:08d}"
 
 
@@ -214,7 +147,7 @@ def find_newest_whole(run_dir: Path, world: World) -> Path | None:
 
     Each rank checks the digests of its share of the files.
     """
-    for candidate in from_main(_complete_checkpoints(run_dir) if world.is_main else None):
+    for candidate in from_main(named_checkpoints(run_dir) if world.is_main else None):
         if all(gather_items(_is_whole(candidate, world))):
             return candidate
     return None
@@ -245,7 +178,7 @@ def remove_newer(checkpoint: Path) -> None:
 
 def newest_whole(run_dir: Path) -> Path | None:
     """The newest checkpoint that this process finds whole, or None."""
-    return next((found for found in _complete_checkpoints(run_dir) if _is_whole(found, World())), None)
+    return next((found for found in named_checkpoints(run_dir) if _is_whole(found, World())), None)
 
 
 def make_readable(weights_file: Path) -> None:
@@ -304,7 +237,7 @@ def read_weights(source: str) -> dict[str, torch.Tensor]:
 
 def has_checkpoints(run_dir: Path) -> bool:
     """True when the run folder holds a checkpoint, whole or not."""
-    return bool(_complete_checkpoints(run_dir))
+    return bool(named_checkpoints(run_dir))
 
 
 def _load_strictly(module: nn.Module, weights: dict[str, torch.Tensor], what: str) -> None:
@@ -317,8 +250,8 @@ def _load_strictly(module: nn.Module, weights: dict[str, torch.Tensor], what: st
         ) from None
 
 
-def _complete_checkpoints(run_dir: Path) -> list[Path]:
-    """The named checkpoints, newest first."""
+def named_checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoints that have their name, whole or damaged since, newest first."""
     return sorted((run_dir / CHECKPOINTS).glob("step-*"), reverse=True)
 
 

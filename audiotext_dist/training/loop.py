@@ -32,6 +32,7 @@ from audiotext_dist.training.meter import Meter
 from audiotext_dist.training.optim import build_optimizer, schedule, set_learning_rates
 from audiotext_dist.training.preemption import EXIT_PREEMPTED, StopRequest
 from audiotext_dist.training.prepare import Prepared
+from audiotext_dist.training.saving import Saver, fetch
 from audiotext_dist.training.step import StepResult, check_finite_weights, train_step
 from audiotext_dist.training.tracker import Tracker, read_metrics
 
@@ -58,6 +59,7 @@ def train(prepared: Prepared) -> list[RetrievalResult]:
     )
     progress = prepared.start()
     if recipe.training.resume == "auto":
+        fetch(recipe.checkpoint, run_dir, world)
         progress = _resume(engine, model, run_dir, progress, world)
     # Only now is it sure that the folder's earlier run, if any, goes on as this recipe says.
     if world.is_main:
@@ -105,6 +107,14 @@ class _Run:
         self._step = self._saved_step = progress.step
         self._evaluated_step, self._results = -1, list[RetrievalResult]()
         self._num_read = self._num_bad = 0
+        self._saver = Saver(
+            self._recipe.checkpoint,
+            engine,
+            prepared.model,
+            Path(self._recipe.run_dir),
+            self._world,
+            configuration.to_yaml(self._recipe),
+        )
         self._health = HealthWatch(
             progress.health,
             spike_ratio=self._recipe.training.spike_ratio,
@@ -136,13 +146,23 @@ class _Run:
                     self._log_step(result, meter, bar)
                 bar.update()
                 with meter.stopped():
-                    if self._is_due(recipe.checkpoint.every_epochs, recipe.checkpoint.every_steps):
+                    evaluates = self._is_due(recipe.evaluation.every_epochs)
+                    if self._is_due(recipe.checkpoint.every_epochs, recipe.checkpoint.every_steps) or (
+                        evaluates and recipe.checkpoint.best_metric
+                    ):
                         self._save()
                     self._leave_if_asked()
-                    if self._is_due(recipe.evaluation.every_epochs):
+                    if evaluates:
                         self._evaluate()
-        self._save()
-        return self._evaluate()
+        saved = self._save()
+        results = self._evaluate()
+        self._saver.finish()
+        if not saved:
+            raise UserError(
+                f"the run is over, but {recipe.run_dir} took no last checkpoint: make room there, and run the same "
+                "command with training.resume=auto"
+            )
+        return results
 
     def _set_learning_rates(self) -> None:
         """The schedule counts updates: a batch that is skipped leaves it where it was."""
@@ -243,6 +263,7 @@ class _Run:
             return
         reasons = {reason for reason in gather_items(self._stop.reason) if reason is not None}
         self._save()
+        self._saver.finish(in_a_hurry=True)
         self._stop.ignore_more()
         if self._world.is_main:
             _log.warning(
@@ -254,29 +275,25 @@ class _Run:
             self._tracker.close()
         raise SystemExit(EXIT_PREEMPTED)
 
-    def _save(self) -> None:
+    def _save(self) -> bool:
+        """False where there is no checkpoint of this step, since the disk refused it."""
         if self._saved_step == self._step:
-            return
-        self._saved_step = self._step
+            return True
         check_finite_weights(self._prepared.model, self._step)
         epoch, batch = divmod(self._step, self._steps_an_epoch)
-        checkpoint.save(
-            self._engine,
-            self._prepared.model,
-            dataclasses.replace(
-                self._start,
-                world_size=self._world.size,
-                step=self._step,
-                epoch=epoch,
-                batch=batch,
-                wandb_id=self._tracker.wandb_id,
-                health=self._health.health,
-            ),
-            Path(self._recipe.run_dir),
-            self._world,
-            recipe_yaml=configuration.to_yaml(self._recipe),
-            keep_last=self._recipe.checkpoint.keep_last,
+        progress = dataclasses.replace(
+            self._start,
+            world_size=self._world.size,
+            step=self._step,
+            epoch=epoch,
+            batch=batch,
+            wandb_id=self._tracker.wandb_id,
+            health=self._health.health,
         )
+        if not self._saver.save(progress):
+            return False
+        self._saved_step = self._step
+        return True
 
     def _evaluate(self) -> list[RetrievalResult]:
         if self._evaluated_step == self._step:
@@ -299,6 +316,7 @@ class _Run:
         if self._results:
             flat = {key: value for result in self._results for key, value in report.flat_metrics(result).items()}
             self._tracker.log(self._step, flat)
+            self._saver.note_metrics(self._step, flat)
             if self._world.is_main:
                 report.write_results(self._results, Path(recipe.run_dir))
         barrier()

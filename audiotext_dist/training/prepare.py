@@ -22,6 +22,7 @@ from audiotext_dist.models.dual_encoder import DualEncoder, build_model
 from audiotext_dist.training import checkpoint
 from audiotext_dist.training.checkpoint import Progress
 from audiotext_dist.training.recipe import Recipe
+from audiotext_dist.training.upload import remote_names
 
 _log = logging.getLogger(__name__)
 
@@ -74,6 +75,12 @@ def prepare(recipe: Recipe, world: World) -> Prepared:
         raise UserError(
             f"{recipe.run_dir} holds checkpoints of an earlier run: "
             "go on with training.resume=auto, or start anew under another name= or run_dir="
+        )
+    target = recipe.checkpoint.upload_to
+    if recipe.training.resume == "never" and target is not None and world.is_main and remote_names(target):
+        raise UserError(
+            f"checkpoint.upload_to={target} holds checkpoints of an earlier run: "
+            "go on with training.resume=auto, or give another"
         )
     frames, captions = "image" in recipe.task, "text" in recipe.task
     train_sets = open_sets(recipe.data.train, recipe.data, frames=frames, captions=captions)

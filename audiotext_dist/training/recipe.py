@@ -18,9 +18,10 @@ from audiotext_dist import configuration
 from audiotext_dist.data.sets import DataConfig
 from audiotext_dist.errors import UserError, require_positive
 from audiotext_dist.models.dual_encoder import ModelConfig, Task
-from audiotext_dist.training.checkpoint import RECIPE_FILE, CheckpointConfig, newest_whole
+from audiotext_dist.training.checkpoint import RECIPE_FILE, newest_whole
 from audiotext_dist.training.engine import EngineConfig
 from audiotext_dist.training.optim import OptimConfig
+from audiotext_dist.training.saving import CheckpointConfig
 from audiotext_dist.training.tracker import TrackerConfig
 
 

@@ -54,14 +54,15 @@ class Uploader:
     def finish(self, timeout_seconds: float) -> None:
         """Wait until everything is copied; a warning where that takes longer."""
         with self._changed:
-            if not self._changed.wait_for(lambda: self._waiting is None and not self._busy, timeout_seconds):
+            seconds = None if timeout_seconds == float("inf") else timeout_seconds
+            if not self._changed.wait_for(lambda: self._waiting is None and not self._busy, seconds):
                 _log.warning("the last checkpoint is not at %s yet: the disk has it", self._target)
 
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting is not None)
-                assert self._waiting is not None
+                while self._waiting is None:
+                    self._changed.wait()
                 (staged, keep), self._waiting, self._busy = self._waiting, None, True
             try:
                 self._copy(staged, keep)

@@ -10,6 +10,7 @@ from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError
 from audiotext_dist.training import checkpoint
 from audiotext_dist.training.checkpoint import Progress
+from audiotext_dist.training.saving import CheckpointConfig, Saver
 
 START = Progress(
     step=0,
@@ -30,14 +31,15 @@ class StateEngine:
         return {"weight:exp_avg": torch.ones(2, 3)} if on_this_rank else {}
 
 
-def save(run_dir, *steps, keep_last=5):
+def save(run_dir, *steps, **config):
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
+    saver = Saver(
+        CheckpointConfig(**{"keep_last": 5, **config}), StateEngine(), model, run_dir, World(), "name: test\n"
+    )
     for step in steps:
-        progress = dataclasses.replace(START, step=step)
-        checkpoint.save(
-            StateEngine(), model, progress, run_dir, World(), recipe_yaml="name: test\n", keep_last=keep_last
-        )
+        assert saver.save(dataclasses.replace(START, step=step))
+    saver.finish()
     return model
 
 
