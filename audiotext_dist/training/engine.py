@@ -8,13 +8,14 @@ import os
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import nn
 
 from audiotext_dist.distributed import World, is_parallel
-from audiotext_dist.errors import UserError
+from audiotext_dist.errors import UserError, require_positive
 
 # Without this DeepSpeed warns of a machine without accelerators, once a process.
 if not torch.cuda.is_available():
@@ -31,16 +32,28 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How DeepSpeed shares the optimizer: ZeRO stage 0 (every rank holds all of it) or 1 (a part each)."""
+    """How DeepSpeed shares the optimizer: ZeRO stage 0 (every rank holds all of it), 1 (a part each), or 2 (and
+    a part of the gradients each).
+
+    collective_timeout_seconds: a rank that gives no sign of life for so long, and a collective that takes longer, end
+    the run on all ranks.
+    """
 
     zero_stage: int = 0
+    collective_timeout_seconds: float = 600.0
 
     def __post_init__(self) -> None:
-        if self.zero_stage not in (0, 1):
-            raise UserError(f"engine.zero_stage={self.zero_stage} is not supported: choose 0 or 1")
+        require_positive(self, "engine", "collective_timeout_seconds")
+        if self.zero_stage == 3:
+            raise UserError(
+                "engine.zero_stage=3 is not supported, since it cuts the weights themselves apart, which checkpoints "
+                "and evaluation need whole: choose 2"
+            )
+        if self.zero_stage not in (0, 1, 2):
+            raise UserError(f"engine.zero_stage={self.zero_stage} is not supported: choose 0, 1 or 2")
 
 
-def start_process_group(world: World) -> None:
+def start_process_group(world: World, timeout_seconds: float = 600.0) -> None:
     """Join the process group that the launcher's environment describes, and share the cores fairly.
 
     Without a launcher this process is a group of its own.
@@ -62,7 +75,17 @@ def start_process_group(world: World) -> None:
             "MASTER_PORT": str(port),
         }
         os.environ.update(alone)
-    deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if world.device.type == "cuda" else "gloo",
+        verbose=False,
+        timeout=timedelta(seconds=timeout_seconds),
+    )
+
+
+def lost_contact(error: RuntimeError) -> bool:
+    """Whether a collective failed because of another rank, which has left or does not answer."""
+    # gloo raises plain RuntimeErrors, which name its files.
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
 def stop_process_group() -> None:

@@ -28,6 +28,7 @@ from audiotext_dist.training import checkpoint
 from audiotext_dist.training.checkpoint import Progress
 from audiotext_dist.training.engine import Engine, start_process_group
 from audiotext_dist.training.health import HealthWatch
+from audiotext_dist.training.heartbeat import Heartbeat
 from audiotext_dist.training.meter import Meter
 from audiotext_dist.training.optim import build_optimizer, schedule, set_learning_rates
 from audiotext_dist.training.preemption import EXIT_PREEMPTED, StopRequest
@@ -46,9 +47,22 @@ def train(prepared: Prepared) -> list[RetrievalResult]:
         SystemExit: with ``EXIT_PREEMPTED``, where any rank was asked to stop; a checkpoint is written.
     """
     stop = StopRequest()
+    timeout_seconds = prepared.recipe.engine.collective_timeout_seconds
+    start_process_group(prepared.world, timeout_seconds)
+    heartbeat = Heartbeat(prepared.world, timeout_seconds)
+    try:
+        results = _train(prepared, stop)
+    except BaseException as error:
+        # SystemExit is agreed by all.
+        heartbeat.stop(together=isinstance(error, SystemExit))
+        raise
+    heartbeat.stop(together=True)
+    return results
+
+
+def _train(prepared: Prepared, stop: StopRequest) -> list[RetrievalResult]:
     recipe, world = prepared.recipe, prepared.world
     run_dir = Path(recipe.run_dir)
-    start_process_group(world)
     model = prepared.model.to(world.device)
     engine = Engine(
         model,

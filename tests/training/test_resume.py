@@ -51,7 +51,7 @@ def two_ranks(clips: Path, one_rank: dict[str, Ran]) -> dict[str, Ran]:
         ("2 zero 1", NUM_STEPS, 1),
         ("2 and 2 zero 1", 4, 1),
         ("2 and 2 zero 1", NUM_STEPS, 1),
-        ("1-2", NUM_STEPS, 1),
+        ("1-2", NUM_STEPS, 2),
     )
 
 
@@ -78,7 +78,7 @@ def test_as_many_ranks_go_on_to_the_bit(two_ranks: dict[str, Ran], zero: str) ->
 
 @pytest.mark.faults
 def test_two_then_three_then_one_rank(clips: Path, one_rank: dict[str, Ran]) -> None:
-    names = {"2-3-1": 0, "2-3-1 zero 1": 1}
+    names = {"2-3-1": 0, "2-3-1 zero 1": 1, "2-3-1 zero 2": 2}
     for world_size, last_step in ((2, 3), (3, 6), (1, NUM_STEPS)):
         found = on_ranks(clips, world_size, *((name, last_step, zero) for name, zero in names.items()))
     for name in names:

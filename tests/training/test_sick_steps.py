@@ -35,12 +35,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Ran]]:
     words = {
         "zero0": ([*common, f"run_dir={folder / 'zero0'}"], FAULTS),
         "zero1": ([*common, f"run_dir={folder / 'zero1'}", "engine.zero_stage=1"], FAULTS),
+        "zero2": ([*common, f"run_dir={folder / 'zero2'}", "engine.zero_stage=2"], FAULTS),
         "ended": ([*common, f"run_dir={folder / 'ended'}", "training.max_sick_steps_in_a_row=2"], TOO_MANY),
     }
     return dict(zip(words, zip(*run_on_ranks(train_many, 2, list(words.values())), strict=True), strict=True))
 
 
-@pytest.mark.parametrize("name", ["zero0", "zero1"])
+@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2"])
 def test_all_ranks_skip_what_one_rank_met(runs: dict[str, list[Ran]], name: str) -> None:
     for each in runs[name]:
         assert each.error is None
