@@ -14,10 +14,12 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from audiotext_dist.errors import run_for_people
+from audiotext_dist.training.tracker import METRICS_FILE
 from launch import pretrain
 from tests.training.launched import free_port
 
@@ -29,10 +31,12 @@ def main(seed: int, num_kills: int, words: list[str]) -> dict[str, Any]:
     killed = during_saves = 0
     while killed < num_kills:
         ranks = start(words)
-        # One start and resume take about a second: kills meet that, training and saving alike.
-        deadline = time.monotonic() + random.uniform(0.2, 3.0)
-        while alive(ranks) == 2 and time.monotonic() < deadline:
-            time.sleep(0.001)
+        # One in four meets the start or the resume, the others training and saving.
+        if random.random() < 0.75:
+            before = num_lines(run_dir)
+            wait(ranks, lambda before=before: num_lines(run_dir) != before)
+        deadline = time.monotonic() + random.uniform(0.0, 1.0)
+        wait(ranks, lambda deadline=deadline: time.monotonic() > deadline)
         if alive(ranks) < 2:
             raise SystemExit(f"the run ended after {killed} kills: give it more steps")
         victims = random.choice([ranks, ranks[:1], ranks[1:]])
@@ -50,6 +54,18 @@ def main(seed: int, num_kills: int, words: list[str]) -> dict[str, Any]:
     if codes != [0, 0]:
         raise SystemExit(f"the last start ended with {codes}")
     return {"killed": killed, "during_saves": during_saves}
+
+
+def wait(ranks: list[int], until: Callable[[], bool]) -> None:
+    """Until then, or until a rank has ended."""
+    while alive(ranks) == 2 and not until():
+        time.sleep(0.001)
+
+
+def num_lines(run_dir: Path) -> int:
+    """Of the metrics: steps that are logged."""
+    metrics = run_dir / METRICS_FILE
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
 def start(words: list[str]) -> list[int]:

@@ -14,7 +14,7 @@ from audiotext_dist.training.tracker import read_metrics
 from tests.training.runs import SMALL, write_training_set
 
 REPOSITORY = Path(__file__).parents[2]
-NUM_STEPS = 600
+NUM_STEPS = 200
 
 
 def losses_after_kills(folder: Path, name: str, num_kills: int, *words: str) -> tuple[dict[str, int], dict[int, float]]:
