@@ -30,7 +30,7 @@ from audiotext_dist.training.engine import Engine, start_process_group
 from audiotext_dist.training.health import HealthWatch
 from audiotext_dist.training.heartbeat import Heartbeat
 from audiotext_dist.training.meter import Meter
-from audiotext_dist.training.optim import build_optimizer, schedule, set_learning_rates
+from audiotext_dist.training.optim import build_optimizer, named_learning_rates, schedule, set_learning_rates
 from audiotext_dist.training.preemption import EXIT_PREEMPTED, StopRequest
 from audiotext_dist.training.prepare import Prepared
 from audiotext_dist.training.saving import Saver, fetch
@@ -67,9 +67,7 @@ def _train(prepared: Prepared, stop: StopRequest) -> list[RetrievalResult]:
     engine = Engine(
         model,
         build_optimizer(model, recipe.optim, global_batch_size=recipe.training.global_batch_size),
-        recipe.engine,
-        micro_batch_size=recipe.training.global_batch_size // world.size,
-        gradient_clipping=recipe.optim.gradient_clipping,
+        prepared.deepspeed_config(),
     )
     progress = prepared.start()
     if recipe.training.resume == "auto":
@@ -224,7 +222,7 @@ class _Run:
     def _log_step(self, result: StepResult, meter: Meter, bar: tqdm) -> None:
         epoch = self._step / self._steps_an_epoch
         read = meter.read()
-        learning_rates = [group["lr"] for group in self._engine.param_groups]
+        learning_rates = named_learning_rates(self._engine.param_groups)
         measured = {
             "train/loss": result.loss,
             "train/recall_at_1": result.recall_at_1,
@@ -238,14 +236,13 @@ class _Run:
                 **{name: value for name, value in measured.items() if value is not None and math.isfinite(value)},
                 **self._health.metrics(),
                 "train/epoch": epoch,
-                "optim/weight_lr": learning_rates[0],
-                "optim/bias_lr": learning_rates[-1],
+                **learning_rates,
                 **{f"data/{name}": value for name, value in read.items()},
                 "data/bad_samples": self._check_bad_share(),
             },
         )
         shown = (
-            f"epoch {epoch:.1f}, loss {result.loss:.3f}, lr {learning_rates[0]:.1e}, "
+            f"epoch {epoch:.1f}, loss {result.loss:.3f}, lr {next(iter(learning_rates.values())):.1e}, "
             f"{read['clips_per_second']:.0f} clips/s, {read['read_bytes_per_second'] / 1e6:.1f} MB/s, "
             f"waiting {100 * read['waiting_share_max']:.0f}%"
         )

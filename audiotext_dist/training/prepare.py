@@ -8,6 +8,7 @@ import logging
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,6 +22,7 @@ from audiotext_dist.models.audio import AudioTower
 from audiotext_dist.models.dual_encoder import DualEncoder, build_model
 from audiotext_dist.training import checkpoint
 from audiotext_dist.training.checkpoint import Progress
+from audiotext_dist.training.engine import deepspeed_config
 from audiotext_dist.training.recipe import Recipe
 from audiotext_dist.training.upload import remote_names
 
@@ -46,6 +48,15 @@ class Prepared:
             epoch=epoch,
             global_batch_size=self.recipe.training.global_batch_size,
             world_size=self.world.size,
+        )
+
+    def deepspeed_config(self) -> dict[str, Any]:
+        """What DeepSpeed is told."""
+        return deepspeed_config(
+            self.recipe.engine,
+            global_batch_size=self.recipe.training.global_batch_size,
+            world_size=self.world.size,
+            gradient_clipping=self.recipe.optim.gradient_clipping,
         )
 
     def start(self) -> Progress:
@@ -95,6 +106,9 @@ def prepare(recipe: Recipe, world: World) -> Prepared:
         validation_sets=dict(zip(recipe.data.validation, validation_sets, strict=True)),
     )
     prepared.plan(epoch=0)
+    prepared.deepspeed_config()
+    if recipe.engine.activation_checkpointing:
+        _checkpoint_activations(prepared.model)
     if world.local_rank == 0:
         warn_of_small_cache(train_sets, recipe.data, global_batch_size=recipe.training.global_batch_size, world=world)
     return prepared
@@ -107,6 +121,15 @@ def _check_writable(run_dir: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"run_dir={run_dir} cannot be written to ({error.strerror}): give another") from None
+
+
+def _checkpoint_activations(model: DualEncoder) -> None:
+    """Every stack of layers that knows how: open_clip's transformers and ResNets."""
+    stacks = [module for module in model.modules() if hasattr(module, "grad_checkpointing")]
+    if not stacks:
+        raise UserError("engine.activation_checkpointing=true has no effect on these towers: leave it out")
+    for stack in stacks:
+        stack.grad_checkpointing = True  # type: ignore[assignment]
 
 
 def _build_towers(recipe: Recipe) -> DualEncoder:

@@ -1,0 +1,95 @@
+"""What DeepSpeed is told, and what is computed twice to save memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from audiotext_dist.distributed import World
+from audiotext_dist.errors import UserError
+from audiotext_dist.models.dual_encoder import ModelInputs
+from audiotext_dist.training.engine import EngineConfig, deepspeed_config
+from audiotext_dist.training.prepare import prepare
+from audiotext_dist.training.recipe import read_recipe
+from tests.clips import SAMPLE_RATE_HZ
+from tests.training.runs import SMALL, write_training_set
+
+
+def told(file: Path) -> dict[str, object]:
+    config = EngineConfig(zero_stage=1, deepspeed_config=str(file))
+    return deepspeed_config(config, global_batch_size=16, world_size=2, gradient_clipping=None)
+
+
+def test_a_file_adds_what_the_recipe_leaves_open(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    given = {
+        "zero_optimization": {"stage": 1, "reduce_bucket_size": 1000},
+        "train_batch_size": "auto",
+        "wall_clock_breakdown": True,
+        "gradient_clipping": 0.0,
+    }
+    file.write_text(json.dumps(given))
+    found = told(file)
+    assert found["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 1000}
+    assert (found["wall_clock_breakdown"], found["train_batch_size"]) == (True, 16)
+
+
+def test_every_key_that_contradicts_the_recipe_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    given = {
+        "zero_optimization": {"stage": 2},
+        "train_batch_size": 32,
+        "gradient_clipping": 1.0,
+        "optimizer": {"type": "Adam"},
+        "wall_clock_breakdown": True,
+    }
+    file.write_text(json.dumps(given))
+    with pytest.raises(UserError) as met:
+        told(file)
+    for phrase in (
+        "zero_optimization.stage=2 there is 1 here, set engine.zero_stage",
+        "train_batch_size=32 there is 16 here",
+        "gradient_clipping=1.0 there is 0.0 here, set optim.gradient_clipping",
+        'optimizer={"type": "Adam"} there has no place here, set optim.name',
+    ):
+        assert phrase in str(met.value)
+    assert "wall_clock" not in str(met.value)
+    file.write_text("[not json")
+    with pytest.raises(UserError, match="cannot be read as JSON"):
+        told(file)
+
+
+def test_stage_3_is_refused_with_a_reason() -> None:
+    with pytest.raises(UserError, match="cuts the weights themselves apart"):
+        EngineConfig(zero_stage=3)
+
+
+def test_activations_that_are_computed_again_give_the_same_gradients(tmp_path: Path) -> None:
+    clips = write_training_set(tmp_path / "train")
+    generator = torch.Generator().manual_seed(0)
+    waveform_NS = torch.randint(-9000, 9000, (3, SAMPLE_RATE_HZ), generator=generator, dtype=torch.int16)
+    gradients, saved_bytes = [], []
+    for again in ("false", "true"):
+        words = [f"data.train.own.shards={clips}", f"run_dir={tmp_path / again}"]
+        model = prepare(read_recipe([*SMALL, *words, f"engine.activation_checkpointing={again}"]), World()).model
+        assert model.text is not None
+        inputs = ModelInputs(
+            waveform_NS=waveform_NS,
+            num_valid_samples_N=torch.full((3,), SAMPLE_RATE_HZ),
+            tokens_NC=model.text.tokenize(["one", "two", "three"]),
+        )
+        saved_bytes.append(0)
+
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            saved_bytes[-1] += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            first_ND, second_ND = model(inputs)
+        (first_ND * second_ND).sum().backward()
+        gradients.append({name: each.grad for name, each in model.named_parameters() if each.grad is not None})
+    assert saved_bytes[1] < 0.7 * saved_bytes[0]
+    torch.testing.assert_close(gradients[0], gradients[1])
