@@ -34,8 +34,9 @@ pretrain: $(READY)  ## the main job on the embedded corpus: generate, pack, trai
 test: $(READY)  ## the test suite
 	python -m pytest
 
-bench: $(READY)  ## what a shard build costs: clips a CPU second, memory over 10,000 clips
+bench: $(READY)  ## what a shard build and the reader cost: CPU time a clip, memory; some 20 minutes
 	OMP_NUM_THREADS=1 python -m tests.bench.bench_build docs/build_memory.png
+	OMP_NUM_THREADS=1 python -m tests.bench.bench_reader
 
 test-faults: $(READY)  ## builds killed at many moments, on a disk and on S3: some minutes
 	python -m pytest -m faults -s

@@ -78,20 +78,13 @@ def min_and_max_over_ranks(value: float, device: torch.device) -> tuple[float, f
     return -float(both[0]), float(both[1])
 
 
-def sum_over_ranks(value: int, device: torch.device) -> int:
-    """The sum over ranks of a count."""
-    total = torch.tensor([value], dtype=torch.int64, device=device)
-    if is_parallel():
-        dist.all_reduce(total)
-    return int(total.item())
-
-
-def sums_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
-    """The sum over ranks of each of some numbers, as many on every rank."""
-    totals = torch.tensor(values, dtype=torch.float64, device=device)
+def sums_over_ranks(values: Sequence[int], device: torch.device) -> list[int]:
+    """The sum over ranks of each of some counts, as many on every rank."""
+    totals = torch.tensor(values, dtype=torch.int64, device=device)
     if is_parallel():
         dist.all_reduce(totals)
-    return [float(total) for total in totals]
+    sums: list[int] = totals.tolist()
+    return sums
 
 
 def any_over_ranks(flag: bool) -> bool:

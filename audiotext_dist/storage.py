@@ -220,6 +220,20 @@ def _http_blocks(filesystem: Any, url: str, start: int) -> Iterator[tuple[int, b
         filesystem.loop.call_soon_threadsafe(response.close)
 
 
+def read_range(path: str, start: int, stop: int, retry: RetryConfig | None = None) -> bytes:
+    """The bytes from ``start`` to before ``stop``, fewer where the file ends earlier; of a URL no more is fetched.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
+
+    def ask() -> bytes:
+        filesystem, inner = _filesystem(path, retry)
+        return bytes(filesystem.cat_file(inner, start=start, end=stop))
+
+    return answer("read", public_name(path), retry, ask)
+
+
 def write_bytes(path: str, content: bytes) -> None:
     """Write the whole file; locally under a temporary name, synced, then renamed."""
     if is_remote(path):

@@ -15,6 +15,7 @@ from audiotext_dist.evaluation.retrieval import check_relevance, evaluate_set
 from audiotext_dist.models.dual_encoder import build_model
 from audiotext_dist.training.checkpoint import load_model
 from audiotext_dist.training.engine import start_process_group, stop_process_group
+from audiotext_dist.training.prepare import features_of, needs_pictures, replaced_encoders
 from audiotext_dist.training.recipe import Recipe, read_run_recipe
 
 HELP = """Evaluate a run's newest checkpoint, or any exported weights, on its validation sets or others.
@@ -44,13 +45,18 @@ def main() -> None:
         raise UserError("no set to evaluate: give data.validation.NAME.shards=FOLDER")
     world = World.from_environment()
     logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(message)s", force=True)
-    sets = open_sets(recipe.data.validation, recipe.data, frames="image" in recipe.task, captions="text" in recipe.task)
+    sets = open_sets(recipe.data.validation, recipe.data, frames=needs_pictures(recipe), captions="text" in recipe.task)
     for name, chosen in recipe.data.validation.items():
         check_relevance(chosen.relevance, recipe.task, name)
     model = build_model(
         recipe.model.without_weights(), recipe.task, recipe.data.sample_rate_hz, recipe.training.autocast_dtype
     )
     load_model(model, own.get("weights", own["run"]))
+    encoders = replaced_encoders(recipe, model)
+    features = [
+        features_of(recipe, encoders, {name: chosen}, [shards])
+        for (name, chosen), shards in zip(recipe.data.validation.items(), sets, strict=True)
+    ]
     if world.size > 1:
         start_process_group(world)
     model = model.to(world.device)
@@ -64,8 +70,9 @@ def main() -> None:
             set_name=name,
             batch_size=recipe.evaluation.batch_size,
             world=world,
+            features=known,
         )
-        for (name, chosen), shards in zip(recipe.data.validation.items(), sets, strict=True)
+        for (name, chosen), shards, known in zip(recipe.data.validation.items(), sets, features, strict=True)
     ]
     stop_process_group()
     if world.is_main:

@@ -27,8 +27,8 @@ from audiotext_dist.configuration import describe, parse, to_dict
 from audiotext_dist.data.index import BUILD_SETTINGS, INDEX_SUFFIX, SHARD_SUFFIX
 from audiotext_dist.data.sample import safe_key
 from audiotext_dist.errors import UserError, run_for_people
+from audiotext_dist.memory import keep_freed_memory
 from shards.check import check
-from shards.executors import keep_freed_memory
 from shards.finished import SHARD_REPORT_SUFFIX
 from shards.job import BuildConfig, run
 from shards.record import Record

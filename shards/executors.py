@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import math
 import multiprocessing
@@ -24,6 +23,7 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any, Generic, Literal, TypeVar
 
 from audiotext_dist.errors import UserError
+from audiotext_dist.memory import keep_freed_memory
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -35,8 +35,6 @@ ITEMS_IN_FLIGHT_PER_WORKER = 4
 PIPE_BYTES = 1 << 20
 # An item may be sent to a worker that is at another one if a pipe of any size holds it: nobody waits for its reading.
 MAX_BYTES_AHEAD = 4096
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-KEPT_BYTES = 64 << 20
 # Imported once, by the process that workers are forked from: a worker starts in milliseconds.
 PRELOADED = ["shards.job"]
 
@@ -241,18 +239,6 @@ def _on_ray(
     finally:
         for actor in actors:
             ray.kill(actor)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed, up to a bound.
-
-    By default it hands the arrays of each clip back to the system and has them faulted in again for the next:
-    a sixth of the time of a short sound.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
-            mallopt(option, KEPT_BYTES)
 
 
 def _serve(function: Callable[[Item], Result], items: Connection, results: Connection) -> None:

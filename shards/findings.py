@@ -20,6 +20,7 @@ Kind = Literal[
     "empty_caption",
     "no_captions",
     "sample_rates_differ",
+    "unstreamable",
 ]
 
 # Kind -> what it means to a person.
@@ -39,6 +40,7 @@ WARNINGS: dict[Kind, str] = {
     "empty_caption": "a caption without a letter",
     "no_captions": "a clip without captions",
     "sample_rates_differ": "clips of several sample rates",
+    "unstreamable": "webdataset, which reads tars as streams, finds other clips",
 }
 
 

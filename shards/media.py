@@ -2,8 +2,7 @@
 
 1. Audio: the cut [start, end), one channel, band-limited resampling, 16 bit, FLAC. soundfile reads the
    containers it knows; PyAV reads the rest.
-2. Picture: the frames on show at stated times, read in one pass that seeks over long gaps, shrunk to a
-   short side, JPEG.
+2. Picture: the frames on show at stated times, read in one pass that seeks over long gaps, shrunk, JPEG.
 3. A clip that cannot be had fails with one short reason. Nothing is replaced by noise or silence.
 """
 
@@ -11,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import io
+import math
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,22 +45,32 @@ class MediaConfig:
     """What a clip's media becomes.
 
     sample_rate_hz: of the FLAC. channel: which channel of many becomes the mono clip. num_frames: JPEGs a
-    clip, evenly spaced from its start to its end (1: the middle). frame_short_side_pixels: larger frames
-    are shrunk to it. jpeg_quality: 1 to 100. require_frames: false packs a clip without picture as well.
+    clip, evenly spaced from its start to its end (1: the middle). frame_times_seconds: the frames' times from
+    the clip's start, in place of num_frames; one after its end takes its last picture. frame_short_side_pixels,
+    frame_long_side_pixels: larger frames are shrunk to them; null sets no limit. jpeg_quality: 1 to 100.
+    require_frames: false packs a clip without picture as well.
     """
 
     sample_rate_hz: int = 32000
     channel: Literal["first", "mean"] = "first"
     num_frames: int = 4
-    frame_short_side_pixels: int = 256
+    frame_times_seconds: list[float] | None = None
+    frame_short_side_pixels: int | None = 256
+    frame_long_side_pixels: int | None = None
     jpeg_quality: int = 90
     require_frames: bool = True
 
     def __post_init__(self) -> None:
         if not 1000 <= self.sample_rate_hz <= 655350:
             raise UserError(f"sample_rate_hz={self.sample_rate_hz}: give 1000 to 655350, which FLAC can hold")
-        if self.num_frames < 0 or self.frame_short_side_pixels < 1:
-            raise UserError("num_frames must be 0 or more and frame_short_side_pixels 1 or more")
+        if self.num_frames < 0:
+            raise UserError(f"num_frames={self.num_frames} must be 0 or more")
+        for name in ("frame_short_side_pixels", "frame_long_side_pixels"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be 1 or more, or null for no limit")
+        times = self.frame_times_seconds
+        if times is not None and (times != sorted(times) or not all(0 <= time < math.inf for time in times)):
+            raise UserError(f"frame_times_seconds={list(times)}: give times of 0 or more in rising order")
         if not 1 <= self.jpeg_quality <= 100:
             raise UserError(f"jpeg_quality={self.jpeg_quality}: give 1 to 100")
 
@@ -85,7 +95,7 @@ def encode_clip(record: Record, config: MediaConfig, dataset: str) -> Sample:
     if not pcm.any():
         raise MediaError("silent")
     duration_seconds = pcm.size / config.sample_rate_hz
-    times = frame_times(duration_seconds, config.num_frames)
+    times = frame_times(duration_seconds, config)
     try:
         frames = read_frames(path, [start_seconds + time for time in times], config) if times else []
     except MediaError as error:
@@ -130,12 +140,15 @@ def _check_file(path: Path) -> None:
         raise MediaError("empty")
 
 
-def frame_times(duration_seconds: float, num_frames: int) -> list[float]:
-    """Seconds from the clip's start: ``i * duration / (num_frames - 1)``, the last just before the end."""
-    if num_frames == 1:
+def frame_times(duration_seconds: float, config: MediaConfig) -> list[float]:
+    """Seconds from the clip's start: those asked for, or ``i * duration / (num_frames - 1)``; none after its end."""
+    wanted = config.frame_times_seconds
+    if wanted is None and config.num_frames == 1:
         return [round(duration_seconds / 2, 3)]
+    if wanted is None:
+        wanted = [i * duration_seconds / (config.num_frames - 1) for i in range(config.num_frames)]
     latest = max(0.0, duration_seconds - END_MARGIN_SECONDS)
-    return [round(min(i * duration_seconds / (num_frames - 1), latest), 3) for i in range(num_frames)]
+    return [round(min(time, latest), 3) for time in wanted]
 
 
 def read_frames(path: Path, times_seconds: list[float], config: MediaConfig) -> list[bytes]:
@@ -175,7 +188,11 @@ def _frames_at(container: Any, stream: Any, times_seconds: list[float]) -> Itera
 
 def _to_jpeg(frame: Any, pixel_aspect: Any, config: MediaConfig) -> bytes:
     width, height = frame.width * float(pixel_aspect or 1), frame.height
-    scale = min(1.0, config.frame_short_side_pixels / min(width, height))
+    scale = min(
+        1.0,
+        (config.frame_short_side_pixels or math.inf) / min(width, height),
+        (config.frame_long_side_pixels or math.inf) / max(width, height),
+    )
     if max(width, height) * scale > MAX_JPEG_SIDE_PIXELS:
         raise MediaError("unreadable")
     rgb = frame.to_ndarray(

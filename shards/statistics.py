@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 
 from audiotext_dist import storage
 from audiotext_dist.configuration import describe, parse
-from audiotext_dist.data.decode import BadSampleError, DecodeConfig, ShardReader, decode_clip
+from audiotext_dist.data.bad_samples import BadSampleError
+from audiotext_dist.data.decode import DecodeConfig, ShardReader, decode_clip
 from audiotext_dist.data.index import Shard, load_shards
 from audiotext_dist.data.plan import Slot
 from audiotext_dist.data.sample import AUDIO_MEMBER

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import soundfile
+import webdataset
 
 from audiotext_dist import storage
-from audiotext_dist.data.decode import BadSampleError, DecodeConfig, ShardReader, decode_clip
+from audiotext_dist.data.bad_samples import BadSampleError
+from audiotext_dist.data.decode import DecodeConfig, ShardReader, decode_clip, decode_metadata
 from audiotext_dist.data.index import Shard, ShardIndex, index_path, scan_tar
 from audiotext_dist.data.plan import Slot
 from audiotext_dist.data.sample import AUDIO_MEMBER, METADATA_MEMBER, ClipMetadata, frame_member
@@ -22,6 +24,7 @@ from shards.passes import fresh_local_copy
 
 # Frames are decoded in full whatever their size; this one keeps the resize cheap.
 FRAME_PIXELS = 32
+_ADDED_BY_WEBDATASET = {"__key__", "__url__", "__local_path__"}
 
 
 @dataclass(kw_only=True)
@@ -64,6 +67,7 @@ def check_shard(shard: tuple[str, str], *, decode: bool) -> ShardFacts:
         if stored is not None:
             _check_index(facts, stored, found)
         facts.keys, facts.recordings = found.keys, found.recordings
+        _check_stream(facts, local, found)
         with contextlib.closing(ShardReader([Shard(path=str(local), index=found)])) as reader:
             for row, key in enumerate(found.keys):
                 try:
@@ -71,6 +75,22 @@ def check_shard(shard: tuple[str, str], *, decode: bool) -> ShardFacts:
                 except BadSampleError as error:
                     facts.add("undecodable", str(error), key)
     return facts
+
+
+def _check_stream(facts: ShardFacts, local: Path, index: ShardIndex) -> None:
+    """Read the tar with webdataset, as others will."""
+    pipeline = webdataset.DataPipeline(webdataset.SimpleShardList([str(local)]), webdataset.tarfile_to_samples())
+    try:
+        streamed = [(sample["__key__"], sample.keys() - _ADDED_BY_WEBDATASET) for sample in pipeline]
+    except ValueError as error:
+        facts.add("unstreamable", " ".join(str(error).split())[:200])
+        return
+    expected = [
+        (key, {member for member in index.members if index.span(row, member) is not None})
+        for row, key in enumerate(index.keys)
+    ]
+    if streamed != expected:
+        facts.add("unstreamable", f"{len(streamed)} clips, not {len(expected)}, or others: members stand apart")
 
 
 def _stored_index(facts: ShardFacts, path: str) -> ShardIndex | None:
@@ -110,10 +130,7 @@ def _check_clip(facts: ShardFacts, reader: ShardReader, index: ShardIndex, row: 
         BadSampleError: what training would say of this clip.
     """
     key = index.keys[row]
-    try:
-        metadata = ClipMetadata.from_json(reader.read(0, row, METADATA_MEMBER), key)
-    except (ValueError, TypeError) as error:
-        raise BadSampleError(f"json does not decode ({error})") from None
+    metadata = decode_metadata(reader.read(0, row, METADATA_MEMBER), key)
     facts.num_captions += len(metadata.text)
     if not metadata.text:
         facts.add("no_captions", "text is empty", key)

@@ -1,5 +1,6 @@
 """The main job through the real DeepSpeed launcher: ranks, resume, ZeRO, towers, and what goes wrong."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -138,6 +139,24 @@ def test_a_clip_that_only_rank_1_cannot_evaluate_is_named(folder):
     done = launch("pretrain", [*SMALL, *sets, f"run_dir={folder / 'rank1'}", "training.max_steps=1"])
     assert done.returncode != 0
     assert "clip-0001 of" in "".join(line for line in done.stderr.splitlines() if line.startswith("error:"))
+
+
+def test_a_clip_that_does_not_decode_is_replaced_counted_and_named_once(folder):
+    broken = folder / "broken-train"
+    samples = [make_sample(row) for row in range(32)]
+    samples[7] = dataclasses.replace(samples[7], flac=b"no flac")
+    write_shards(broken, [samples[:16], samples[16:]])
+    sets = [f"data.train.own.shards={broken}", "data.validation={}", f"run_dir={folder / 'replaced'}"]
+    done = launch("pretrain", [*SMALL, *sets, "training.max_steps=6", "tracker.every_steps=2"])
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stderr.count("replaced clip-0007 of") == 1, done.stderr[-2000:]
+    counts = [line["data/bad_samples"] for line in read_metrics(folder / "replaced")]
+    assert counts == [1, 2, 3]
+    assert read_metrics(folder / "replaced")[-1]["data/bad_samples/broken_audio"] == 3
+    stopped = launch("pretrain", [*SMALL, *sets, "run_dir=" + str(folder / "stopped"), "data.max_bad_share=0"])
+    assert stopped.returncode != 0
+    assert "1 of " in stopped.stderr
+    assert "more than data.max_bad_share=0.0 (1 broken_audio)" in stopped.stderr
 
 
 def test_a_run_that_diverges_stops_and_leaves_no_broken_checkpoint(folder):

@@ -114,6 +114,10 @@ class NodeCache:
         except Timeout:
             return False
 
+    def forget(self, path: str) -> None:
+        """Remove what is held of a remote file, which has another content now."""
+        self._file(_name(path)).unlink(missing_ok=True)
+
     @contextlib.contextmanager
     def wishes(self) -> Iterator[Callable[[Iterable[str]], None]]:
         """Yield a function that says which files this process will read soon, in place of those it said before."""

@@ -7,13 +7,13 @@ the same on any number of ranks and workers.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
-import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -22,17 +22,18 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from audiotext_dist import storage
+from audiotext_dist.data.bad_samples import BadSampleError
 from audiotext_dist.data.cache import NodeCache, ReadCounts
 from audiotext_dist.data.index import Shard
 from audiotext_dist.data.plan import Slot
-from audiotext_dist.data.sample import AUDIO_MEMBER, METADATA_MEMBER, ClipMetadata, frame_member
+from audiotext_dist.data.sample import AUDIO_MEMBER, METADATA_MEMBER, ClipMetadata, checksum, frame_member
 from audiotext_dist.errors import UserError
 
 FrameChoice = Literal["none", "random", "middle", "all"]
-
-
-class BadSampleError(Exception):
-    """A sample that cannot be used; the message is its reason."""
+Verify = Literal["size", "sha256"]
+# What may stand in a tar by mistake or malice; a picture of this size fills 150 MB.
+MAX_PICTURE_PIXELS = 50_000_000
+MAX_MEMBER_BYTES = 1 << 28
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,8 @@ class DecodeConfig:
 
     clip_seconds: longer clips are cropped (at random in training, else from the start), shorter ones
     padded with zeros at the end. audio: false leaves the sound undecoded, for tasks without it. frames:
-    which of a clip's frames are decoded.
+    which of a clip's frames are chosen. pictures: false leaves those undecoded, where their embeddings are
+    read instead. max_audio_seconds: a longer sound is a bad sample. verify: see ``ShardReader``.
     """
 
     sample_rate_hz: int
@@ -51,11 +53,34 @@ class DecodeConfig:
     num_frames: int
     frame_pixels: int
     random: bool
+    max_audio_seconds: float = 3600.0
+    verify: Verify = "size"
+    pictures: bool = True
 
     @property
     def clip_samples(self) -> int:
         """Audio samples of every decoded clip."""
         return round(self.clip_seconds * self.sample_rate_hz) if self.audio else 0
+
+    @property
+    def num_pictures(self) -> int:
+        """Pictures of every decoded clip."""
+        return len(chosen_frames(self, 0.0)) if self.pictures else 0
+
+
+class ClipArrays(NamedTuple):
+    """Where a clip is decoded to: waveform_S int16 [clip_samples], frames_LHWC uint8 [num_pictures, P, P, 3]."""
+
+    waveform_S: NDArray[np.int16]
+    frames_LHWC: NDArray[np.uint8]
+
+    @classmethod
+    def empty(cls, config: DecodeConfig) -> ClipArrays:
+        """Arrays of its own."""
+        pixels = config.frame_pixels
+        return cls(
+            np.empty(config.clip_samples, np.int16), np.empty((config.num_pictures, pixels, pixels, 3), np.uint8)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +88,10 @@ class Clip:
     """One decoded clip.
 
     waveform: int16 [clip_samples]. num_valid_samples: how many of them are sound, not padding. frames:
-    uint8 [frames chosen, frame_pixels, frame_pixels, 3]. mask_uniforms: float32 [4] in [0, 1), where
-    SpecAugment's masks lie. caption_number: which of metadata.text was drawn, -1 without captions.
+    uint8 [frames chosen, frame_pixels, frame_pixels, 3]. frame_numbers: which of the clip's frames were chosen.
+    mask_uniforms: float32 [4] in [0, 1), where SpecAugment's masks lie. caption_number: which of metadata.text
+    was drawn, -1 without captions. frame_embeddings: float32 [num_frames, D] of every frame, caption_embeddings:
+    float32 [captions, D], where a run reads features.
     """
 
     key: str
@@ -72,8 +99,11 @@ class Clip:
     waveform: NDArray[np.int16]
     num_valid_samples: int
     frames: NDArray[np.uint8]
+    frame_numbers: list[int]
     mask_uniforms: NDArray[np.float32]
     caption_number: int
+    frame_embeddings: NDArray[np.float32] | None = None
+    caption_embeddings: NDArray[np.float32] | None = None
 
 
 class ShardReader:
@@ -81,13 +111,23 @@ class ShardReader:
 
     Args:
         cache: where remote shards are held.
+        verify: what is checked of a local shard when it is first opened: its size, or all of its bytes. Each
+            member's own checksum is checked whenever it is read.
         max_open_files: least recently used shards are closed above this number.
     """
 
-    def __init__(self, shards: Sequence[Shard], cache: NodeCache | None = None, *, max_open_files: int = 128) -> None:
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        cache: NodeCache | None = None,
+        *,
+        verify: Verify = "size",
+        max_open_files: int = 128,
+    ) -> None:
         self._shards = shards
         self._cache = NodeCache() if cache is None else cache
         self._counts = ReadCounts()
+        self._verify, self._verified = verify, set[int]()
         self._max_open_files = max_open_files
         self._descriptors: OrderedDict[int, int] = OrderedDict()
 
@@ -95,17 +135,21 @@ class ShardReader:
         """The bytes of one member.
 
         Raises:
-            BadSampleError: the row has no such member.
+            BadSampleError: the row has no such member, or not the bytes that the index was made of.
             UserError: the shard is not the one its index describes.
         """
-        span = self._shards[shard].index.span(row, member)
-        if span is None:
-            raise BadSampleError(f"no {member}")
-        offset, num_bytes = span
+        entry = self._shards[shard].index.entry(row, member)
+        if entry is None:
+            raise BadSampleError(f"it has no {member}", "missing_member")
+        offset, num_bytes, expected = entry
+        if num_bytes > MAX_MEMBER_BYTES:
+            raise BadSampleError(f"{member} has {num_bytes} bytes, more than {MAX_MEMBER_BYTES}", "too_large")
         content = os.pread(self._descriptor(shard), num_bytes, offset)
         self._counts.bytes_read += len(content)
         if len(content) != num_bytes:
-            raise BadSampleError(f"{member} is cut short")
+            raise BadSampleError(f"{member} is cut short", "cut_short")
+        if checksum(member, content) != expected:
+            raise BadSampleError(f"{member} has changed since its shard was indexed", "wrong_checksum")
         return content
 
     def _descriptor(self, shard: int) -> int:
@@ -121,10 +165,24 @@ class ShardReader:
                 f"{storage.public_name(path)} has {found_bytes} bytes where its index says {index.shard_bytes}: "
                 "build or copy the shard again"
             )
+        if self._verify == "sha256" and shard not in self._verified:
+            self._check_all_bytes(descriptor, self._shards[shard])
+            self._verified.add(shard)
         self._descriptors[shard] = descriptor
         if len(self._descriptors) > self._max_open_files:
             os.close(self._descriptors.popitem(last=False)[1])
         return descriptor
+
+    @staticmethod
+    def _check_all_bytes(descriptor: int, shard: Shard) -> None:
+        with open(descriptor, "rb", closefd=False) as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != shard.index.sha256:
+            os.close(descriptor)
+            raise UserError(
+                f"{storage.public_name(shard.path)} has changed since its index was made (SHA-256): "
+                "build or copy the shard again"
+            )
 
     def take_counts(self) -> ReadCounts:
         """What reading cost since the last call."""
@@ -150,39 +208,61 @@ class ShardReader:
         return {**self.__dict__, "_descriptors": OrderedDict()}
 
 
-def clip_random(seed: int, epoch: int, copy: int, dataset: str, key: str) -> np.random.Generator:
-    """The random state that belongs to one appearance of a clip in one epoch."""
-    clip = zlib.crc32(f"{dataset}/{key}".encode())
-    return np.random.default_rng([seed, epoch, copy, clip])
+def clip_uniforms(seed: int, epoch: int, copy: int, dataset: str, key: str) -> NDArray[np.float64]:
+    """The random numbers that belong to one appearance of a clip in one epoch: seven, in [0, 1).
+
+    Bits of a hash: a numpy generator that gives seven numbers takes six times as long to start.
+    """
+    drawn = hashlib.blake2b(f"{seed} {epoch} {copy} {dataset}/{key}".encode(errors="surrogatepass"), digest_size=28)
+    # 24 bits each: below 1 as float32 too.
+    return (np.frombuffer(drawn.digest(), np.dtype("<u4")) >> 8).astype(np.float64) * 2.0**-24
 
 
-def decode_clip(reader: ShardReader, key: str, slot: Slot, config: DecodeConfig, *, seed: int, epoch: int) -> Clip:
+def decode_clip(
+    reader: ShardReader,
+    key: str,
+    slot: Slot,
+    config: DecodeConfig,
+    *,
+    seed: int,
+    epoch: int,
+    into: ClipArrays | None = None,
+) -> Clip:
     """Read and decode one slot's row.
+
+    Args:
+        into: where its sound and pictures go; by default into arrays of its own.
 
     Raises:
         BadSampleError: anything wrong with this one sample.
     """
     shard, row = slot.shard, slot.row
-    metadata = _decode_metadata(reader.read(shard, row, METADATA_MEMBER), key)
-    random = clip_random(seed, epoch, slot.copy, metadata.dataset, key)
-    crop_uniform, frame_uniform, caption_uniform = random.random(3)
-    waveform, num_valid_samples = np.zeros(0, np.int16), 0
+    into = ClipArrays.empty(config) if into is None else into
+    metadata = decode_metadata(reader.read(shard, row, METADATA_MEMBER), key)
+    uniforms = clip_uniforms(seed, epoch, slot.copy, metadata.dataset, key)
+    crop_uniform, frame_uniform, caption_uniform = uniforms[:3].tolist()
+    num_valid_samples = 0
     if config.audio:
         flac = reader.read(shard, row, AUDIO_MEMBER)
-        waveform, num_valid_samples = _decode_audio(flac, config, crop_uniform if config.random else 0.0)
+        num_valid_samples = _decode_audio(flac, config, crop_uniform if config.random else 0.0, into.waveform_S)
+    frame_numbers = chosen_frames(config, frame_uniform)
+    if config.pictures:
+        for place, number in enumerate(frame_numbers):
+            into.frames_LHWC[place] = square_frame(reader.read(shard, row, frame_member(number)), config.frame_pixels)
     return Clip(
         key=key,
         metadata=metadata,
-        waveform=waveform,
+        waveform=into.waveform_S,
         num_valid_samples=num_valid_samples,
-        frames=_decode_frames(reader, shard, row, config, frame_uniform),
-        mask_uniforms=random.random(4, dtype=np.float32),
+        frames=into.frames_LHWC,
+        frame_numbers=frame_numbers,
+        mask_uniforms=uniforms[3:].astype(np.float32),
         caption_number=int(caption_uniform * len(metadata.text)) if metadata.text else -1,
     )
 
 
 def chosen_frames(config: DecodeConfig, frame_uniform: float) -> list[int]:
-    """The numbers of the frames that are decoded; ``frame_uniform`` in [0, 1) places the random one."""
+    """The numbers of the frames that stand for a clip; ``frame_uniform`` in [0, 1) places the random one."""
     match config.frames:
         case "none":
             return []
@@ -194,41 +274,44 @@ def chosen_frames(config: DecodeConfig, frame_uniform: float) -> list[int]:
             return list(range(config.num_frames))
 
 
-def _decode_metadata(content: bytes, key: str) -> ClipMetadata:
+def decode_metadata(content: bytes, key: str) -> ClipMetadata:
+    """A clip's JSON.
+
+    Raises:
+        BadSampleError: it is none.
+    """
     try:
         return ClipMetadata.from_json(content, key)
     except (ValueError, TypeError) as error:
-        raise BadSampleError(f"json does not decode ({error})") from None
+        raise BadSampleError(f"json does not decode ({error})", "broken_json") from None
 
 
-def _decode_audio(flac: bytes, config: DecodeConfig, crop_uniform: float) -> tuple[NDArray[np.int16], int]:
-    """(int16 [clip_samples] padded with zeros, how many samples are sound)."""
+def _decode_audio(flac: bytes, config: DecodeConfig, crop_uniform: float, waveform_S: NDArray[np.int16]) -> int:
+    """Fill the waveform, zeros after the sound's end; how many samples are sound."""
     try:
         with soundfile.SoundFile(io.BytesIO(flac)) as file:
             if file.samplerate != config.sample_rate_hz:
-                raise BadSampleError(f"audio has {file.samplerate} Hz, not {config.sample_rate_hz}")
-            # Only the crop is decoded: a three-hour file in a ten-second set costs ten seconds.
+                raise BadSampleError(f"audio has {file.samplerate} Hz, not {config.sample_rate_hz}", "sample_rate")
+            if file.frames > config.max_audio_seconds * config.sample_rate_hz:
+                hours = file.frames / config.sample_rate_hz / 3600
+                raise BadSampleError(f"audio says that it lasts {hours:.3g} hours", "too_large")
+            # Only the crop is decoded: half an hour in a ten-second set costs ten seconds.
             surplus = max(file.frames - config.clip_samples, 0)
-            file.seek(int(crop_uniform * (surplus + 1)))
-            found = file.read(config.clip_samples, dtype="int16", always_2d=True)[:, 0]
+            if start := int(crop_uniform * (surplus + 1)):
+                file.seek(start)
+            num_expected: int = file.frames - surplus
+            if file.channels == 1:
+                num_found = len(file.read(dtype="int16", out=waveform_S[:num_expected]))
+            else:
+                found = file.read(num_expected, dtype="int16", always_2d=True)
+                num_found = len(found)
+                waveform_S[:num_found] = found[:, 0]
     except soundfile.LibsndfileError as error:
-        raise BadSampleError(f"audio does not decode ({error})") from None
-    if not len(found):
-        raise BadSampleError("audio is empty")
-    waveform = np.zeros(config.clip_samples, np.int16)
-    waveform[: len(found)] = found
-    return waveform, len(found)
-
-
-def _decode_frames(
-    reader: ShardReader, shard: int, row: int, config: DecodeConfig, frame_uniform: float
-) -> NDArray[np.uint8]:
-    pixels = config.frame_pixels
-    frames = [
-        square_frame(reader.read(shard, row, frame_member(number)), pixels)
-        for number in chosen_frames(config, frame_uniform)
-    ]
-    return np.stack(frames) if frames else np.zeros((0, pixels, pixels, 3), np.uint8)
+        raise BadSampleError(f"audio does not decode ({error})", "broken_audio") from None
+    if num_found != num_expected or not num_expected:
+        raise BadSampleError(f"audio ends after {num_found} of {num_expected} samples", "broken_audio")
+    waveform_S[num_expected:] = 0
+    return num_expected
 
 
 def square_frame(jpeg: bytes, pixels: int) -> NDArray[np.uint8]:
@@ -237,13 +320,15 @@ def square_frame(jpeg: bytes, pixels: int) -> NDArray[np.uint8]:
     A frame stored at this size already, the case to build shards for, is only decoded.
 
     Raises:
-        BadSampleError: the JPEG does not decode.
+        BadSampleError: the JPEG does not decode, or says that it is enormous.
     """
     try:
+        height, width, *_ = simplejpeg.decode_jpeg_header(jpeg)
+        if height * width > MAX_PICTURE_PIXELS:
+            raise BadSampleError(f"jpg says that it has {width} x {height} pixels", "too_large")
         image: NDArray[np.uint8] = simplejpeg.decode_jpeg(jpeg, colorspace="RGB")
     except ValueError as error:
-        raise BadSampleError(f"jpg does not decode ({error})") from None
-    height, width = image.shape[:2]
+        raise BadSampleError(f"jpg does not decode ({error})", "broken_frame") from None
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     image = image[top : top + side, left : left + side]

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from audiotext_dist import storage
 from audiotext_dist.data.cache import NodeCache
-from audiotext_dist.data.sample import METADATA_MEMBER, ClipMetadata, is_member, split_member
+from audiotext_dist.data.sample import METADATA_MEMBER, ClipMetadata, checksum, is_member, split_member
 from audiotext_dist.errors import UserError
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 SHARD_SUFFIX = ".tar"
 INDEX_SUFFIX = ".index.json"
 # A build leaves its options in this file: in such a folder a tar without an index is not finished.
@@ -35,8 +35,8 @@ NUM_INDEX_READERS = 16
 class ShardIndex:
     """What a shard holds.
 
-    members: member name -> int64 [num_samples, 2], (byte offset, bytes) of each row's content; (-1, -1)
-    where a row has no such member.
+    members: member name -> int64 [num_samples, 3], (byte offset, bytes, ``checksum``) of each row's content;
+    -1 three times where a row has no such member.
     """
 
     shard_name: str
@@ -53,10 +53,15 @@ class ShardIndex:
 
     def span(self, row: int, member: str) -> tuple[int, int] | None:
         """(byte offset, bytes) of a row's member, or None."""
-        spans = self.members.get(member)
-        if spans is None or spans[row, 0] < 0:
+        entry = self.entry(row, member)
+        return None if entry is None else entry[:2]
+
+    def entry(self, row: int, member: str) -> tuple[int, int, int] | None:
+        """(byte offset, bytes, ``checksum``) of a row's member, or None."""
+        if (entries := self.members.get(member)) is None:
             return None
-        return int(spans[row, 0]), int(spans[row, 1])
+        offset, num_bytes, found = entries[row].tolist()
+        return None if offset < 0 else (offset, num_bytes, found)
 
     def to_json(self) -> bytes:
         """The index as it is stored."""
@@ -93,7 +98,7 @@ class ShardIndex:
                 keys=found["keys"],
                 recordings=found["recordings"],
                 members={
-                    member: np.asarray(spans, np.int64).reshape(-1, 2) for member, spans in found["members"].items()
+                    member: np.asarray(spans, np.int64).reshape(-1, 3) for member, spans in found["members"].items()
                 },
             )
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
@@ -114,14 +119,16 @@ def index_path(shard_path: str) -> str:
 
 
 def scan_tar(path: Path, shard_name: str) -> ShardIndex:
-    """Index a local tar by reading its headers (and each clip's JSON, for its recording).
+    """Index a local tar by reading all of it once: where each member lies, its checksum, each clip's recording.
+
+    A clip whose JSON cannot be read is its own recording; the reader passes it over.
 
     Members of other names than a sample's are passed over, as shards from elsewhere may hold them.
 
     Raises:
         UserError: the file is no tar, is cut short or damaged, or holds a member twice.
     """
-    rows: dict[str, dict[str, tuple[int, int]]] = {}
+    rows: dict[str, dict[str, tuple[int, int, int]]] = {}
     recordings: dict[str, str] = {}
     try:
         with tarfile.open(path, "r:") as tar:
@@ -131,13 +138,14 @@ def scan_tar(path: Path, shard_name: str) -> ShardIndex:
                     continue
                 if member in rows.setdefault(key, {}):
                     raise UserError(f"{shard_name} holds '{entry.name}' twice: give each clip a key of its own")
-                rows[key][member] = (entry.offset_data, entry.size)
+                file = tar.extractfile(entry)
+                assert file is not None
+                content = file.read()
+                rows[key][member] = (entry.offset_data, entry.size, checksum(member, content))
                 if member == METADATA_MEMBER:
-                    file = tar.extractfile(entry)
-                    assert file is not None
                     # A clip with broken JSON is passed over where it is read, and told then.
-                    with contextlib.suppress(ValueError, RecursionError):
-                        recordings[key] = ClipMetadata.from_json(file.read(), key).recording
+                    with contextlib.suppress(ValueError):
+                        recordings[key] = ClipMetadata.from_json(content, key).recording
             end_of_members = tar.offset
     except UserError:
         raise
@@ -146,7 +154,7 @@ def scan_tar(path: Path, shard_name: str) -> ShardIndex:
     if not _ends_as_a_tar(path, end_of_members):
         raise UserError(f"{shard_name} is cut short or damaged at byte {end_of_members}: build or copy it again")
     names = sorted({member for members in rows.values() for member in members})
-    absent = (-1, -1)
+    absent = (-1, -1, -1)
     return ShardIndex(
         shard_name=shard_name,
         shard_bytes=path.stat().st_size,
@@ -154,7 +162,7 @@ def scan_tar(path: Path, shard_name: str) -> ShardIndex:
         keys=list(rows),
         recordings=[recordings.get(key, key) for key in rows],
         members={
-            name: np.asarray([members.get(name, absent) for members in rows.values()], np.int64).reshape(-1, 2)
+            name: np.asarray([members.get(name, absent) for members in rows.values()], np.int64).reshape(-1, 3)
             for name in names
         },
     )

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,8 +28,7 @@ from audiotext_dist.errors import UserError
 _SHARD_ORDER, _ROW_ORDER, _WINDOW_ORDER, _FRACTION_OFFSET = range(4)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Slot:
+class Slot(NamedTuple):
     """One place in a global batch: a row of a shard (numbered over all sets together).
 
     copy: which of the row's appearances in the epoch it is, where a set has a weight above 1.
@@ -59,7 +58,10 @@ def check_lanes(*, global_batch_size: int, num_lanes: int, world_size: int) -> N
             if fitting
             else f"set training.global_batch_size to a multiple of {world_size}"
         )
-        raise UserError(f"{world_size} processes cannot share data.num_lanes={num_lanes} evenly: {mend}")
+        raise UserError(
+            f"{world_size} processes cannot share data.num_lanes={num_lanes} evenly: {mend}, "
+            f"or start one of {_divisors(num_lanes)} processes"
+        )
 
 
 class Plan:
@@ -104,9 +106,9 @@ class Plan:
                 f"an epoch holds {self.num_samples} samples, fewer than one batch: "
                 f"set training.global_batch_size to at most {max(self.num_samples, 1)}"
             )
-        # An epoch is walked lane window by lane window: few permutations are alive at a time.
-        self._window_order = lru_cache(maxsize=4 * num_lanes)(self._make_window_order)
-        self._row_order = lru_cache(maxsize=4 * num_lanes * window_shards)(self._make_row_order)
+        self._first_entries = self._entry_at(np.arange(num_lanes) * self._lane_length)
+        # An epoch is walked window by window: each lane is in one of its windows at a time.
+        self._window = lru_cache(maxsize=2 * num_lanes)(self._make_window)
 
     def batch(self, number: int, *, rank: int = 0, world_size: int = 1) -> list[Slot]:
         """The slots of this rank's part of a global batch, ``global_batch_size / world_size`` of them.
@@ -115,12 +117,14 @@ class Plan:
         """
         assert 0 <= number < self.num_batches
         assert self._num_lanes % world_size == 0, "check_lanes comes first"
-        lanes = self._num_lanes // world_size
-        first = number * self._lane_batch
+        num_own = self._num_lanes // world_size
+        lanes = np.arange(rank * num_own, (rank + 1) * num_own).repeat(self._lane_batch)
+        steps = np.tile(np.arange(self._lane_batch), num_own) + number * self._lane_batch
+        positions = lanes * self._lane_length + steps
+        windows = (self._entry_at(positions) - self._first_entries[lanes]) // self._window_shards
         return [
-            self._slot(lane, first + step)
-            for lane in range(rank * lanes, (rank + 1) * lanes)
-            for step in range(self._lane_batch)
+            self._slot(lane, window, position)
+            for lane, window, position in zip(lanes.tolist(), windows.tolist(), positions.tolist(), strict=True)
         ]
 
     def shards_ahead(self, number: int, *, rank: int, world_size: int) -> Iterator[int]:
@@ -128,13 +132,12 @@ class Plan:
 
         A window's shards are needed together, so these go first for every lane, then the next window's.
         """
-        lanes = self._num_lanes // world_size
-        starts = [lane * self._lane_length for lane in range(rank * lanes, (rank + 1) * lanes)]
-        entries = []  # of each lane: the first entry of its present window, and its last entry
-        for start in starts:
-            first, here = self._entry_at(start), self._entry_at(start + number * self._lane_batch)
-            last = self._entry_at(start + self._lane_length - 1)
-            entries.append((here - (here - first) % self._window_shards, last))
+        num_own = self._num_lanes // world_size
+        lanes = np.arange(rank * num_own, (rank + 1) * num_own)
+        here = self._entry_at(lanes * self._lane_length + number * self._lane_batch)
+        window_starts = here - (here - self._first_entries[lanes]) % self._window_shards
+        last_entries = self._entry_at((lanes + 1) * self._lane_length - 1)
+        entries = list(zip(window_starts.tolist(), last_entries.tolist(), strict=True))
         while entries:
             for window, last in entries:
                 yield from map(int, self._shards[window : min(window + self._window_shards, last + 1)])
@@ -163,31 +166,28 @@ class Plan:
         shards, copies, takes = np.concatenate(parts, axis=1)
         return shards, copies, takes
 
-    def _slot(self, lane: int, position: int) -> Slot:
-        lane_start = lane * self._lane_length
-        first_entry = self._entry_at(lane_start)
-        window = (self._entry_at(lane_start + position) - first_entry) // self._window_shards
-        start, order = self._window_order(lane, window)
-        streamed = start + int(order[lane_start + position - start])
-        entry = self._entry_at(streamed)
-        row = self._row_order(entry)[streamed - self._starts[entry]]
-        return Slot(shard=int(self._shards[entry]), row=int(row), copy=int(self._copies[entry]))
+    def _slot(self, lane: int, window: int, position: int) -> Slot:
+        start, slots = self._window(lane, window)
+        return Slot._make(slots[position - start].tolist())
 
-    def _entry_at(self, stream_position: int) -> int:
-        return int(np.searchsorted(self._starts, stream_position, side="right")) - 1
+    def _entry_at(self, stream_positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.searchsorted(self._starts, stream_positions, side="right") - 1
 
-    def _make_window_order(self, lane: int, window: int) -> tuple[int, NDArray[np.int64]]:
-        """(first stream position of the window within its lane, its permutation)."""
-        lane_start = lane * self._lane_length
-        first_entry = self._entry_at(lane_start) + window * self._window_shards
-        last_entry = min(first_entry + self._window_shards, len(self._shards))
-        start = max(lane_start, int(self._starts[first_entry]))
-        stop = min(lane_start + self._lane_length, int(self._starts[last_entry]))
-        return start, self._random(_WINDOW_ORDER, lane, window).permutation(stop - start)
+    def _make_window(self, lane: int, window: int) -> tuple[int, NDArray[np.int64]]:
+        """A window's first stream position within its lane, and its slots in their order, int64 [slots, 3]."""
+        first_entry = int(self._first_entries[lane]) + window * self._window_shards
+        entries = range(first_entry, min(first_entry + self._window_shards, len(self._shards)))
+        start = max(lane * self._lane_length, int(self._starts[entries[0]]))
+        stop = min((lane + 1) * self._lane_length, int(self._starts[entries[-1] + 1]))
+        slots = np.concatenate([self._slots_of(entry, start, stop) for entry in entries])
+        return start, slots[self._random(_WINDOW_ORDER, lane, window).permutation(stop - start)]
 
-    def _make_row_order(self, entry: int) -> NDArray[np.int64]:
-        shard, copy = int(self._shards[entry]), int(self._copies[entry])
-        return self._random(_ROW_ORDER, shard, copy).permutation(self._shard_sizes[shard])
+    def _slots_of(self, entry: int, start: int, stop: int) -> NDArray[np.int64]:
+        """The entry's slots between two stream positions, in the entry's own row order, int64 [slots, 3]."""
+        shard, copy, first = int(self._shards[entry]), int(self._copies[entry]), int(self._starts[entry])
+        order = self._random(_ROW_ORDER, shard, copy).permutation(self._shard_sizes[shard])
+        rows = order[max(start - first, 0) : min(max(stop - first, 0), int(self._takes[entry]))]
+        return np.stack([np.full_like(rows, shard), rows, np.full_like(rows, copy)], axis=1)
 
     def _random(self, *words: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(np.random.SeedSequence([self._seed, self._epoch, *words])))

@@ -12,11 +12,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import zlib
 from dataclasses import dataclass, field, fields
 
 AUDIO_MEMBER = "flac"
 METADATA_MEMBER = "json"
 FRAME_SUFFIX = ".jpg"
+FLAC_HEADER_BYTES = 4096  # at least: the header, and some of the first frames
 
 _FRAME_MEMBER = re.compile(rf"[0-9]+{re.escape(FRAME_SUFFIX)}")
 _UNSAFE_IN_KEY = re.compile(r"[^A-Za-z0-9_-]+")
@@ -38,6 +40,11 @@ def split_member(tar_name: str) -> tuple[str, str]:
     folder, slash, base = tar_name.rpartition("/")
     key, _, member = base.partition(".")
     return folder + slash + key, member
+
+
+def checksum(member: str, content: bytes) -> int:
+    """CRC-32 of what nothing else protects: a FLAC's header, whose frames have checksums of their own, or all."""
+    return zlib.crc32(content[:FLAC_HEADER_BYTES] if member == AUDIO_MEMBER else content)
 
 
 def safe_key(name: str) -> str:
@@ -105,13 +112,17 @@ class ClipMetadata:
         Raises:
             ValueError: not JSON, not an object, or a caption that is no text.
         """
-        found = json.loads(content)
+        try:
+            found = json.loads(content)
+        except RecursionError:
+            raise ValueError(f"{key}.json is nested too deeply") from None
         if not isinstance(found, dict):
             raise ValueError(f"{key}.json holds a {type(found).__name__}, not an object")
         text = found.get("text", [])
         text = [text] if isinstance(text, str) else text
         if not isinstance(text, list) or not all(isinstance(caption, str) for caption in text):
             raise ValueError(f"{key}.json: 'text' must be a caption or a list of captions")
+        "".join(text).encode()  # half a character, which JSON can hold, is a ValueError
         for name, kind in _JSON_KINDS.items():
             if name in found and not isinstance(found[name], kind):
                 raise ValueError(f"{key}.json: '{name}' must not be {json.dumps(found[name])[:40]}")

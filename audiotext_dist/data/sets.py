@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from audiotext_dist import storage
+from audiotext_dist.data.bad_samples import BadSampleError
 from audiotext_dist.data.cache import NodeCache, default_folder
-from audiotext_dist.data.decode import DecodeConfig, FrameChoice, ShardReader
+from audiotext_dist.data.decode import DecodeConfig, FrameChoice, ShardReader, Verify, decode_metadata
 from audiotext_dist.data.index import Shard, load_shards
 from audiotext_dist.data.plan import Plan, check_lanes, default_num_lanes
 from audiotext_dist.data.sample import AUDIO_MEMBER, METADATA_MEMBER, ClipMetadata, frame_member
@@ -26,23 +28,28 @@ class SetConfig:
 
     shards: folder, glob or ``{00000..00099}.tar`` braces, local or a URL. weight: how often an epoch
     holds each clip. relevance (evaluation only): ``labels``, every clip that shares a label is found; or a file that
-    says which captions truly describe which clips.
+    says which captions truly describe which clips. features: folder or URL of its feature files, null for beside
+    the shards.
     """
 
     shards: str = "???"
     weight: float = 1.0
     relevance: str | None = None
+    features: str | None = None
 
     def __post_init__(self) -> None:
         storage.check_no_credentials(self.shards)
+        storage.check_no_credentials(self.features or "")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which clips are read, and how.
 
-    cache_dir, cache_bytes: where a node holds remote shards, and how much of them. fetch_retries,
-    fetch_stall_seconds: attempts after the first at what a server refuses, and how long one may send nothing.
+    frame_features, caption_features: NAME of what launch/embed.py features=NAME wrote; the frozen image or text tower
+    then says nothing itself, and no JPEG is opened. cache_dir, cache_bytes: where a node holds remote shards, and how
+    much of them. fetch_retries, fetch_stall_seconds: attempts after the first at what a server refuses, and how long
+    one may send nothing.
     """
 
     train: dict[str, SetConfig] = field(default_factory=dict)
@@ -50,10 +57,14 @@ class DataConfig:
     sample_rate_hz: int = 32000
     clip_seconds: float = 10.0
     num_frames: int = 4
+    frame_features: str | None = None
+    caption_features: str | None = None
     num_lanes: int | None = None  # default: the most up to 64 that the batch divides into
     window_shards: int = 4
     num_workers: int = 2  # DataLoader workers a rank
-    max_bad_share: float = 0.01  # of the samples read so far; above it the run stops
+    max_bad_share: float = 0.01  # of the samples read so far; above it, and ten of them, the run stops
+    max_audio_seconds: float = 3600.0  # a longer sound is a bad sample
+    verify: Verify = "size"  # of a local shard when it is opened; sha256 reads it whole once a worker
     cache_dir: str = field(default_factory=default_folder)
     cache_bytes: int = NodeCache.max_bytes
     fetch_retries: int = RetryConfig.retries
@@ -64,6 +75,11 @@ class DataConfig:
             if not 0 < chosen.weight < math.inf:
                 raise UserError(f"data set '{name}' has weight {chosen.weight}: give one above 0, or leave the set out")
         require_positive(self, "data", "sample_rate_hz", "clip_seconds", "num_frames", "num_lanes", "window_shards")
+        if not self.clip_seconds <= self.max_audio_seconds < math.inf:
+            raise UserError(
+                f"data.max_audio_seconds={self.max_audio_seconds:g} must be finite and at least data.clip_seconds="
+                f"{self.clip_seconds:g}"
+            )
         require_positive(self, "data", "cache_bytes", "fetch_stall_seconds")
         if storage.is_remote(self.cache_dir):
             raise UserError(f"data.cache_dir={storage.public_name(self.cache_dir)} is remote: give a local folder")
@@ -91,6 +107,9 @@ class DataConfig:
             num_frames=self.num_frames,
             frame_pixels=frame_pixels,
             random=random,
+            max_audio_seconds=self.max_audio_seconds,
+            verify=self.verify,
+            pictures=self.frame_features is None,
         )
 
 
@@ -109,23 +128,20 @@ def open_sets(sets: dict[str, SetConfig], config: DataConfig, *, frames: bool, c
         shards = [shard for shard in shards if shard.index.num_samples]
         if not shards:
             raise UserError(f"data set '{name}' at {storage.public_name(chosen.shards)} holds no clips: build it again")
-        _check_first_clip(name, shards, config, frames=frames, captions=captions)
+        _check_first_shard(name, shards[0], config, frames=frames, captions=captions)
         opened.append(shards)
     return opened
 
 
-def _check_first_clip(name: str, shards: list[Shard], config: DataConfig, *, frames: bool, captions: bool) -> None:
-    index = shards[0].index
+def _check_first_shard(name: str, shard: Shard, config: DataConfig, *, frames: bool, captions: bool) -> None:
     needed = [AUDIO_MEMBER, METADATA_MEMBER] + [frame_member(i) for i in range(config.num_frames) if frames]
-    missing = [member for member in needed if index.span(0, member) is None]
+    missing = [member for member in needed if member not in shard.index.members]
     if missing:
         raise UserError(
-            f"data set '{name}' has no {', '.join(missing)} in its first clip: "
+            f"data set '{name}' has no {', '.join(missing)} in its first shard: "
             "build it with as many frames as data.num_frames, or choose another task"
         )
-    metadata = ClipMetadata.from_json(
-        ShardReader(shards[:1], config.node_cache()).read(0, 0, METADATA_MEMBER), index.keys[0]
-    )
+    metadata = _first_metadata(name, shard, config.node_cache())
     if metadata.sample_rate not in (0, config.sample_rate_hz):
         raise UserError(
             f"data set '{name}' was built at {metadata.sample_rate} Hz: set data.sample_rate_hz to that, "
@@ -133,6 +149,17 @@ def _check_first_clip(name: str, shards: list[Shard], config: DataConfig, *, fra
         )
     if captions and not metadata.text:
         raise UserError(f"data set '{name}' has no captions, and this task needs them: choose another set or task")
+
+
+def _first_metadata(name: str, shard: Shard, cache: NodeCache) -> ClipMetadata:
+    """The JSON of the shard's first clip that can be read: a broken one says nothing of the set."""
+    with contextlib.closing(ShardReader([shard], cache)) as reader:
+        for row, key in enumerate(shard.index.keys):
+            with contextlib.suppress(BadSampleError):
+                return decode_metadata(reader.read(0, row, METADATA_MEMBER), key)
+    raise UserError(
+        f"data set '{name}': no json of {storage.public_name(shard.path)} can be read: build or copy it again"
+    )
 
 
 def warn_of_small_cache(

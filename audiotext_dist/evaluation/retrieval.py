@@ -18,13 +18,14 @@ import torch
 from numpy.typing import NDArray
 
 from audiotext_dist import storage
+from audiotext_dist.data.features import Features
 from audiotext_dist.data.index import Shard
-from audiotext_dist.data.loader import Batch, EvaluationBatches, iterate
+from audiotext_dist.data.loader import NO_FEATURES, Batch, EvaluationBatches, iterate
 from audiotext_dist.data.sets import DataConfig, SetConfig
 from audiotext_dist.distributed import World, gather_items, raise_together
 from audiotext_dist.errors import UserError
 from audiotext_dist.evaluation.metrics import chance_metrics, retrieval_metrics
-from audiotext_dist.models.dual_encoder import DualEncoder, Task
+from audiotext_dist.models.dual_encoder import DualEncoder, Task, unit_length
 
 LABEL_RELEVANCE = "labels"
 
@@ -75,6 +76,7 @@ def evaluate_set(
     set_name: str,
     batch_size: int,
     world: World,
+    features: Features = NO_FEATURES,
 ) -> RetrievalResult:
     """Retrieval in both directions; every rank calls it, and gets the whole result.
 
@@ -89,7 +91,9 @@ def evaluate_set(
         frame_pixels=model.frame_pixels,
         random=False,
     )
-    batches = EvaluationBatches(shards, decode, world=world, batch_size=batch_size, cache=data.node_cache())
+    batches = EvaluationBatches(
+        shards, decode, world=world, batch_size=batch_size, features=features, cache=data.node_cache()
+    )
     own: list[EmbeddedClip] = []
     error: UserError | None = None
     try:
@@ -134,7 +138,8 @@ def _embed(model: DualEncoder, task: Task, batch: Batch) -> list[EmbeddedClip]:
                 rows_RD = model.embed_audio(batch.waveform_BS, batch.num_valid_samples_B)
                 sides.append(list(rows_RD.cpu().numpy()[:, None]))
             case "image":
-                rows_RD = model.embed_images(batch.frames_BLHWC[:, 0])
+                known_RD = batch.frame_embeddings_BD
+                rows_RD = model.embed_images(batch.frames_BLHWC[:, 0]) if known_RD is None else unit_length(known_RD)
                 sides.append(list(rows_RD.cpu().numpy()[:, None]))
             case "text":
                 sides.append(_embed_captions(model, batch))
@@ -145,14 +150,16 @@ def _embed(model: DualEncoder, task: Task, batch: Batch) -> list[EmbeddedClip]:
 
 
 def _embed_captions(model: DualEncoder, batch: Batch) -> list[NDArray[np.float32]]:
-    assert model.text is not None
     for key, metadata in zip(batch.keys, batch.metadata, strict=True):
         if not metadata.text:
             raise UserError(f"clip {key} has no caption to be found by: rebuild the set without it")
-    captions = [caption for metadata in batch.metadata for caption in metadata.text]
-    tokens_RC = model.text.tokenize(captions).to(batch.waveform_BS.device)
-    rows_RD = model.embed_text(tokens_RC).cpu().numpy()
-    return np.split(rows_RD, np.cumsum([len(metadata.text) for metadata in batch.metadata])[:-1])
+    if batch.caption_embeddings_ND is not None:
+        rows_RD = unit_length(batch.caption_embeddings_ND)
+    else:
+        assert model.text is not None
+        captions = [caption for metadata in batch.metadata for caption in metadata.text]
+        rows_RD = model.embed_text(model.text.tokenize(captions).to(batch.waveform_BS.device))
+    return np.split(rows_RD.cpu().numpy(), np.cumsum([len(metadata.text) for metadata in batch.metadata])[:-1])
 
 
 def _rows(clips: Sequence[NDArray[np.float32]]) -> Rows:

@@ -62,7 +62,8 @@ class ModelInputs:
     """A batch as the towers read it; None where the task does not need it.
 
     waveform_NS: int16, or float in [-1, 1]. mask_uniforms_N4: see ``Fbank.forward``; None at evaluation.
-    frames_NHWC: uint8 RGB. tokens_NC: from ``TextTower.tokenize``.
+    frames_NHWC: uint8 RGB. tokens_NC: from ``TextTower.tokenize``. image_embeddings_ND, text_embeddings_ND: what a
+    frozen tower said already, which is not asked again.
     """
 
     waveform_NS: Tensor | None = None
@@ -70,6 +71,8 @@ class ModelInputs:
     mask_uniforms_N4: Tensor | None = None
     frames_NHWC: Tensor | None = None
     tokens_NC: Tensor | None = None
+    image_embeddings_ND: Tensor | None = None
+    text_embeddings_ND: Tensor | None = None
 
 
 class DualEncoder(nn.Module):
@@ -105,10 +108,14 @@ class DualEncoder(nn.Module):
             assert inputs.waveform_NS is not None
             assert inputs.num_valid_samples_N is not None
             sides.append(self.embed_audio(inputs.waveform_NS, inputs.num_valid_samples_N, inputs.mask_uniforms_N4))
-        if self.image is not None:
+        if inputs.image_embeddings_ND is not None:
+            sides.append(unit_length(inputs.image_embeddings_ND))
+        elif self.image is not None:
             assert inputs.frames_NHWC is not None
             sides.append(self.embed_images(inputs.frames_NHWC))
-        if self.text is not None:
+        if inputs.text_embeddings_ND is not None:
+            sides.append(unit_length(inputs.text_embeddings_ND))
+        elif self.text is not None:
             assert inputs.tokens_NC is not None
             sides.append(self.embed_text(inputs.tokens_NC))
         first_ND, second_ND = sides
@@ -121,21 +128,21 @@ class DualEncoder(nn.Module):
         assert self.audio is not None
         with self._precision(waveform_NS.device):
             embedding_ND = self.audio(waveform_NS, num_valid_samples_N, mask_uniforms_N4)
-        return _unit_length(embedding_ND)
+        return unit_length(embedding_ND)
 
     def embed_images(self, frames_NHWC: Tensor) -> Tensor:
         """uint8 RGB [N, H, W, 3] -> float32 [N, D] of unit length."""
         assert self.image is not None
         with self._precision(frames_NHWC.device):
             embedding_ND = self.image(frames_NHWC)
-        return _unit_length(embedding_ND)
+        return unit_length(embedding_ND)
 
     def embed_text(self, tokens_NC: Tensor) -> Tensor:
         """int64 [N, C] from ``TextTower.tokenize`` -> float32 [N, D] of unit length."""
         assert self.text is not None
         with self._precision(tokens_NC.device):
             embedding_ND = self.text(tokens_NC)
-        return _unit_length(embedding_ND)
+        return unit_length(embedding_ND)
 
     @property
     def frame_pixels(self) -> int:
@@ -188,5 +195,6 @@ def build_model(
     return DualEncoder(config, audio=audio, image=image, text=text, autocast_dtype=autocast_dtype)
 
 
-def _unit_length(embedding_ND: Tensor) -> Tensor:
+def unit_length(embedding_ND: Tensor) -> Tensor:
+    """float32, each row of length 1."""
     return nn.functional.normalize(embedding_ND.float(), dim=-1)

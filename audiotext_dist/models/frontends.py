@@ -1,9 +1,9 @@
-"""Raw batches to tower inputs, on the device that holds them: waveforms to FBANK, frames to pixels.
+"""Raw batches to tower inputs, on the device that holds them: waveforms to FBANK or log-mel, frames to pixels.
 
 Everything here is float32, under autocast too: a log of small energies does not survive fewer bits.
 
-Shapes: N clips or frames of a batch, S samples, T FBANK frames, W samples of an FBANK frame, K frequencies
-of its spectrum, F mel bins, H and W also height and width of a picture.
+Shapes: N clips or frames of a batch, S samples, T spectrogram frames, W samples of one, K frequencies of its
+spectrum, F mel bins, H and W also height and width of a picture.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torchaudio.compliance.kaldi import get_mel_banks
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import center_crop, resize
 
-from audiotext_dist.errors import UserError
+from audiotext_dist.errors import UserError, require_positive
 
 LOWEST_FREQUENCY_HZ = 20.0
 PREEMPHASIS = 0.97
@@ -127,11 +127,10 @@ class Fbank(nn.Module):
         return torch.cat([self._log_mel_energies(chunk_NS) for chunk_NS in torch.split(waveform_NS, CLIPS_AT_ONCE)])
 
     def _log_mel_energies(self, waveform_NS: Tensor) -> Tensor:
-        if waveform_NS.dtype == torch.int16:
-            waveform_NS = waveform_NS.float() / INT16_FULL_SCALE
+        waveform_NS = _full_scale(waveform_NS)
         num_samples = (self.config.num_fbank_frames - 1) * self.shift_samples + self.window_samples
         # A negative pad cuts.
-        waveform_NS = functional.pad(waveform_NS.float(), (0, num_samples - waveform_NS.shape[1]))
+        waveform_NS = functional.pad(waveform_NS, (0, num_samples - waveform_NS.shape[1]))
         frames_NTW = waveform_NS.unfold(1, self.window_samples, self.shift_samples)
         frames_NTW = frames_NTW - frames_NTW.mean(dim=-1, keepdim=True)
         # The Hanning window begins with 0, so the first sample, which has no previous one, does not count.
@@ -151,6 +150,112 @@ class Fbank(nn.Module):
             + self.window_samples
         )
         return end_T <= num_valid_samples_N[:, None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogMelConfig:
+    """PaSST's log-mel energies (Koutini et al. 2022); the defaults are those of its weights, at 32 kHz.
+
+    min_hz_jitter, max_hz_jitter: in training a clip's lowest frequency lies less than so many Hz above 0, its
+    highest less than so many below Nyquist; at evaluation they are 0 and the middle of that.
+    """
+
+    num_mel_bins: int = 128
+    window_samples: int = 800
+    hop_samples: int = 320
+    fft_size: int = 1024
+    min_hz_jitter: int = 10
+    max_hz_jitter: int = 2000
+    floor: float = 1e-5
+    mean: float = -4.5
+    std: float = 5.0
+
+    def __post_init__(self) -> None:
+        require_positive(self, "log_mel", "num_mel_bins", "window_samples", "hop_samples", "fft_size", "floor", "std")
+        require_positive(self, "log_mel", "min_hz_jitter", "max_hz_jitter")
+        if self.window_samples > self.fft_size:
+            raise UserError(
+                f"log_mel.window_samples={self.window_samples} is more than log_mel.fft_size={self.fft_size}: lower it"
+            )
+
+
+class LogMel(nn.Module):
+    """Normalised log-mel energies of a batch of clips.
+
+    Padding at a clip's end is silence to it, as it was to PaSST in its training.
+    """
+
+    window_W: Tensor
+
+    def __init__(self, config: LogMelConfig, sample_rate_hz: int) -> None:
+        super().__init__()
+        self.config = config
+        self.nyquist_hz = sample_rate_hz / 2
+        if config.max_hz_jitter + config.min_hz_jitter > self.nyquist_hz:
+            raise UserError(
+                f"log_mel.max_hz_jitter={config.max_hz_jitter} leaves no band at {sample_rate_hz} Hz: lower it"
+            )
+        self.register_buffer("window_W", torch.hann_window(config.window_samples, periodic=False), persistent=False)
+
+    def forward(self, waveform_NS: Tensor, band_uniforms_N2: Tensor | None = None) -> Tensor:
+        """Log-mel energies minus mean over std.
+
+        Args:
+            waveform_NS: mono, int16 or float in [-1, 1], more than half an FFT long.
+            band_uniforms_N2: two numbers in [0, 1) a clip, which place the ends of its band; drawn by the caller,
+                so that they belong to the clip. None: the band of evaluation.
+
+        Returns:
+            float32 [N, 1, num_mel_bins, T] with T = 1 + (S - 1) // hop_samples.
+        """
+        config = self.config
+        with torch.autocast(waveform_NS.device.type, enabled=False):
+            lowest_N = torch.zeros(len(waveform_NS), device=waveform_NS.device)
+            highest_N = torch.full_like(lowest_N, self.nyquist_hz - config.max_hz_jitter / 2)
+            if band_uniforms_N2 is not None:
+                # Whole Hz, as in PaSST.
+                lowest_N = (band_uniforms_N2[:, 0] * config.min_hz_jitter).floor()
+                highest_N = self.nyquist_hz - (band_uniforms_N2[:, 1] * config.max_hz_jitter).floor()
+            mel_bank_NFK = self._mel_bank(lowest_N, highest_N)
+            chunks = zip(*(torch.split(each, CLIPS_AT_ONCE) for each in (waveform_NS, mel_bank_NFK)), strict=True)
+            energies_NFT = torch.cat([bank_NFK @ self._power(chunk_NS) for chunk_NS, bank_NFK in chunks])
+            return (((energies_NFT + config.floor).log() - config.mean) / config.std).unsqueeze(1)
+
+    def _power(self, waveform_NS: Tensor) -> Tensor:
+        """Power spectrum of the pre-emphasised clips, frames centred and the ends mirrored, [N, K, T]."""
+        config = self.config
+        waveform_NS = _full_scale(waveform_NS)
+        spectrum_NKT = torch.stft(
+            waveform_NS[:, 1:] - PREEMPHASIS * waveform_NS[:, :-1],
+            n_fft=config.fft_size,
+            hop_length=config.hop_samples,
+            win_length=config.window_samples,
+            window=self.window_W,
+            center=True,
+            return_complex=True,
+        )
+        return spectrum_NKT.real.square() + spectrum_NKT.imag.square()
+
+    def _mel_bank(self, lowest_N: Tensor, highest_N: Tensor) -> Tensor:
+        """Kaldi's triangles, equally wide in mel, between each clip's two frequencies in Hz; [N, F, K]."""
+        num_bins, num_frequencies = self.config.num_mel_bins, self.config.fft_size // 2 + 1
+        lowest_N11, highest_N11 = (_mel(hz_N)[:, None, None] for hz_N in (lowest_N, highest_N))
+        width_N11 = (highest_N11 - lowest_N11) / (num_bins + 1)
+        left_F1 = torch.arange(num_bins, device=lowest_N.device)[:, None]
+        frequency_K = torch.linspace(0, self.nyquist_hz, num_frequencies, device=lowest_N.device)
+        # How many widths a frequency lies above the left corner of each triangle, whose peak is at 1.
+        above_NFK = (_mel(frequency_K) - lowest_N11) / width_N11 - left_F1
+        return torch.minimum(above_NFK, 2 - above_NFK).clamp(min=0)
+
+
+def _full_scale(waveform_NS: Tensor) -> Tensor:
+    """float32 in [-1, 1], of int16 or of any float."""
+    scale = INT16_FULL_SCALE if waveform_NS.dtype == torch.int16 else 1.0
+    return waveform_NS.float() / scale
+
+
+def _mel(hz: Tensor) -> Tensor:
+    return 1127.0 * (1.0 + hz / 700.0).log()
 
 
 def span_mask(width_uniform_N: Tensor, start_uniform_N: Tensor, max_width: int, size: int) -> Tensor:

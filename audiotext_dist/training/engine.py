@@ -119,7 +119,12 @@ _DECIDED_BY = {
 
 
 def deepspeed_config(
-    config: EngineConfig, *, global_batch_size: int, world_size: int, gradient_clipping: float | None
+    config: EngineConfig,
+    *,
+    global_batch_size: int,
+    world_size: int,
+    gradient_clipping: float | None,
+    num_micro_batches: int = 1,
 ) -> dict[str, Any]:
     """What DeepSpeed is told: the recipe's words, and those of the user's own file.
 
@@ -128,8 +133,8 @@ def deepspeed_config(
     """
     own: dict[str, Any] = {
         "train_batch_size": global_batch_size,
-        "train_micro_batch_size_per_gpu": global_batch_size // world_size,
-        "gradient_accumulation_steps": 1,
+        "train_micro_batch_size_per_gpu": global_batch_size // world_size // num_micro_batches,
+        "gradient_accumulation_steps": num_micro_batches,
         # DeepSpeed's default is 1.0; 0 is off.
         "gradient_clipping": gradient_clipping or 0.0,
         "zero_optimization": {"stage": config.zero_stage},
@@ -169,7 +174,8 @@ def _merge(own: dict[str, Any], given: dict[str, Any], prefix: str = "") -> list
 class Engine:
     """A model and its optimizer under DeepSpeed.
 
-    Gradients are averaged over ranks at ``backward``; ``step`` updates and clears them.
+    Of a step's last micro-batch ``backward`` averages the gradients over ranks, and ``step`` updates and clears them;
+    before, the two add up gradients on this rank.
 
     Args:
         config: from ``deepspeed_config``.
@@ -188,6 +194,7 @@ class Engine:
             dist_init_required=False,
             config=config,
         )
+        self.num_micro_batches = int(config["gradient_accumulation_steps"])
         self._zero_stage = int(config["zero_optimization"]["stage"])
         self._model = model
 
@@ -202,15 +209,19 @@ class Engine:
         return self._engine(*inputs)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Gradients of this rank's loss, averaged over ranks."""
-        self._engine.backward(loss)
+        """Add the gradients of this rank's loss, or of a micro-batch's part of it."""
+        self._engine.backward(loss, scale_wrt_gas=False)
 
     def step(self) -> float:
         """Update the parameters and clear the gradients; returns the gradient's norm before clipping.
 
+        It is called after each ``backward``, and before a step's last micro-batch it does nothing and returns 0.
         Where the norm is not finite, the same on every rank, nothing but the gradients has changed. That includes
         finite gradients so large that their squares are not: they would spoil the optimizer's sums for good.
         """
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+            return 0.0
         if self._zero_stage:
             # ZeRO agrees on the norm by itself, and skips.
             self._engine.step()
@@ -222,6 +233,7 @@ class Engine:
             self._engine.step()
         else:
             self._engine.zero_grad()
+            self._engine.micro_steps += 1  # as its step would: the next backward is another step's first
         return norm
 
     def train(self) -> None:

@@ -19,8 +19,9 @@ from torch import nn
 from tqdm import tqdm
 
 from audiotext_dist import configuration, storage
+from audiotext_dist.data.bad_samples import BadSampleCount
 from audiotext_dist.data.loader import Batch, TrainingBatches, in_step, iterate
-from audiotext_dist.distributed import World, any_over_ranks, barrier, gather_items, sum_over_ranks
+from audiotext_dist.distributed import World, any_over_ranks, barrier, gather_items
 from audiotext_dist.errors import UserError
 from audiotext_dist.evaluation import report
 from audiotext_dist.evaluation.retrieval import RetrievalResult, evaluate_set
@@ -118,7 +119,7 @@ class _Run:
         self._last_step = min(self._num_steps, self._recipe.training.max_steps or self._num_steps)
         self._step = self._saved_step = progress.step
         self._evaluated_step, self._results = -1, list[RetrievalResult]()
-        self._num_read = self._num_bad = 0
+        self._bad_samples = BadSampleCount(self._recipe.data.max_bad_share, self._world)
         self._saver = Saver(
             self._recipe.checkpoint,
             engine,
@@ -153,7 +154,7 @@ class _Run:
                 result = train_step(self._engine, self._prepared.model, batch, self._health)
                 self._step += 1
                 self._health.note(self._step, result.loss, result.sickness, batch.keys, self._world)
-                self._count_bad_samples(batch)
+                self._bad_samples.add(len(batch.keys), batch.bad_samples)
                 if self._step % recipe.tracker.every_steps == 0 or self._step == self._last_step:
                     self._log_step(result, meter, bar)
                 bar.update()
@@ -213,7 +214,8 @@ class _Run:
             ),
             seed=self._recipe.training.seed,
             world=self._world,
-            tokenize=None if text is None else text.tokenize,
+            tokenize=None if text is None or data.caption_features is not None else text.tokenize,
+            features=prepared.train_features,
             cache=data.node_cache(),
         )
         steps_left = range(self._step, self._last_step)
@@ -238,7 +240,7 @@ class _Run:
                 "train/epoch": epoch,
                 **learning_rates,
                 **{f"data/{name}": value for name, value in read.items()},
-                "data/bad_samples": self._check_bad_share(),
+                **{f"data/{name}": count for name, count in self._bad_samples.check().items()},
             },
         )
         shown = (
@@ -251,22 +253,6 @@ class _Run:
         bar.set_postfix_str(shown, refresh=False)
         if bar.disable and self._world.is_main:
             _log.info("step %d of %d, %s", self._step, self._last_step, shown)
-
-    def _count_bad_samples(self, batch: Batch) -> None:
-        self._num_read += len(batch.keys)
-        self._num_bad += len(batch.bad_samples)
-        for bad in batch.bad_samples:
-            _log.warning("replaced %s of %s: %s", bad.key, bad.shard, bad.reason)
-
-    def _check_bad_share(self) -> int:
-        num_bad = sum_over_ranks(self._num_bad, self._world.device)
-        num_read = sum_over_ranks(self._num_read, self._world.device)
-        if num_bad > self._recipe.data.max_bad_share * num_read:
-            raise UserError(
-                f"{num_bad} of {num_read} samples could not be used, more than data.max_bad_share="
-                f"{self._recipe.data.max_bad_share}: the warnings above name them; rebuild those shards"
-            )
-        return num_bad
 
     def _leave_if_asked(self) -> None:
         """One rank that was asked to stop is enough: all write the checkpoint, and end."""
@@ -321,6 +307,7 @@ class _Run:
                 set_name=name,
                 batch_size=recipe.evaluation.batch_size,
                 world=self._world,
+                features=self._prepared.validation_features[name],
             )
             for name, shards in self._prepared.validation_sets.items()
         ]

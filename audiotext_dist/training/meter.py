@@ -47,7 +47,7 @@ class Meter:
         seconds = now - self._start
         least, greatest = min_and_max_over_ranks(self._waited_seconds / seconds, self._world.device)
         sums = sums_over_ranks(dataclasses.astuple(self._counts), self._world.device)
-        counts = ReadCounts(*map(int, sums))
+        counts = ReadCounts(*sums)
         figures = {
             "clips_per_second": self._num_batches * self._global_batch_size / seconds,
             "waiting_share_min": least,

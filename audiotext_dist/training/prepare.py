@@ -6,15 +6,18 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from audiotext_dist.data.encoders import Encoder, Modality, encoder_of
+from audiotext_dist.data.features import FeatureReader, Features, open_features
 from audiotext_dist.data.index import Shard
 from audiotext_dist.data.plan import Plan
-from audiotext_dist.data.sets import make_plan, open_sets, warn_of_small_cache
+from audiotext_dist.data.sets import SetConfig, make_plan, open_sets, warn_of_small_cache
 from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError
 from audiotext_dist.evaluation.retrieval import check_relevance
@@ -38,6 +41,8 @@ class Prepared:
     model: DualEncoder
     train_sets: list[list[Shard]]
     validation_sets: dict[str, list[Shard]]
+    train_features: Features
+    validation_features: dict[str, Features]
 
     def plan(self, epoch: int) -> Plan:
         """The order of one epoch."""
@@ -93,17 +98,24 @@ def prepare(recipe: Recipe, world: World) -> Prepared:
             f"checkpoint.upload_to={target} holds checkpoints of an earlier run: "
             "go on with training.resume=auto, or give another"
         )
-    frames, captions = "image" in recipe.task, "text" in recipe.task
+    frames, captions = needs_pictures(recipe), "text" in recipe.task
     train_sets = open_sets(recipe.data.train, recipe.data, frames=frames, captions=captions)
     validation_sets = open_sets(recipe.data.validation, recipe.data, frames=frames, captions=captions)
     for name, chosen in recipe.data.validation.items():
         check_relevance(chosen.relevance, recipe.task, name)
+    model = build_towers(recipe)
+    encoders = replaced_encoders(recipe, model)
     prepared = Prepared(
         recipe=recipe,
         world=world,
-        model=_build_towers(recipe),
+        model=model,
         train_sets=train_sets,
         validation_sets=dict(zip(recipe.data.validation, validation_sets, strict=True)),
+        train_features=features_of(recipe, encoders, recipe.data.train, train_sets),
+        validation_features={
+            name: features_of(recipe, encoders, {name: chosen}, [shards])
+            for (name, chosen), shards in zip(recipe.data.validation.items(), validation_sets, strict=True)
+        },
     )
     prepared.plan(epoch=0)
     prepared.deepspeed_config()
@@ -132,7 +144,53 @@ def _checkpoint_activations(model: DualEncoder) -> None:
         stack.grad_checkpointing = True  # type: ignore[assignment]
 
 
-def _build_towers(recipe: Recipe) -> DualEncoder:
+def needs_pictures(recipe: Recipe) -> bool:
+    """True where the run decodes frames itself."""
+    return "image" in recipe.task and recipe.data.frame_features is None
+
+
+def replaced_encoders(recipe: Recipe, model: DualEncoder) -> dict[Modality, Encoder]:
+    """The towers that features speak for in this recipe."""
+    names: dict[Modality, str | None] = {"image": recipe.data.frame_features, "text": recipe.data.caption_features}
+    return {
+        modality: encoder_of(model, recipe.model, recipe.data, modality)
+        for modality, name in names.items()
+        if name is not None
+    }
+
+
+def features_of(
+    recipe: Recipe,
+    encoders: dict[Modality, Encoder],
+    sets: dict[str, SetConfig],
+    opened: Sequence[Sequence[Shard]],
+) -> Features:
+    """The features that the recipe names, of some sets together, made by these encoders.
+
+    Raises:
+        UserError: a file is missing, damaged or stale.
+    """
+
+    cache = recipe.data.node_cache()
+
+    def reader(name: str | None, modality: Modality) -> FeatureReader | None:
+        if name is None:
+            return None
+        files = [
+            file
+            for (set_name, chosen), shards in zip(sets.items(), opened, strict=True)
+            for file in open_features(
+                shards, name, chosen.features, {modality: encoders[modality]}, set_name, cache.retry
+            )
+        ]
+        return FeatureReader(files, modality, cache)
+
+    return Features(
+        frames=reader(recipe.data.frame_features, "image"), captions=reader(recipe.data.caption_features, "text")
+    )
+
+
+def build_towers(recipe: Recipe) -> DualEncoder:
     """The model, with the towers that the recipe takes from other runs."""
     torch.manual_seed(recipe.training.seed)
     model = build_model(recipe.model, recipe.task, recipe.data.sample_rate_hz, recipe.training.autocast_dtype)

@@ -89,6 +89,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.data.train:
             raise UserError("no training data: give data.train.NAME.shards=FOLDER")
+        self._check_features()
         if self.optim.name == "lars" and self.engine.zero_stage > 0:
             raise UserError(
                 f"optim.name=lars cannot run with engine.zero_stage={self.engine.zero_stage}, whose flat tensors "
@@ -106,6 +107,19 @@ class Recipe:
                 f"optim.warmup_epochs={self.optim.warmup_epochs:g} is longer than training.num_epochs="
                 f"{self.training.num_epochs}: lower it"
             )
+
+    def _check_features(self) -> None:
+        for key, modality in (("frame_features", "image"), ("caption_features", "text")):
+            name = getattr(self.data, key)
+            if name is None:
+                continue
+            if modality not in self.task:
+                raise UserError(f"data.{key}={name} says nothing to task={self.task}: set it to null")
+            if not getattr(self.model, modality).frozen:
+                raise UserError(
+                    f"data.{key}={name} is what the {modality} tower said before, and model.{modality}.frozen=false "
+                    f"trains it: set data.{key}=null, or freeze the tower"
+                )
 
     def check_world(self, world_size: int) -> None:
         """Raise ``UserError`` unless the batch can be shared by so many processes."""

@@ -64,4 +64,6 @@ def model_inputs(batch: Batch) -> ModelInputs:
         mask_uniforms_N4=batch.mask_uniforms_B4,
         frames_NHWC=batch.frames_BLHWC[:, 0] if has_frames else None,
         tokens_NC=batch.tokens_BC,
+        image_embeddings_ND=batch.frame_embeddings_BD,
+        text_embeddings_ND=batch.caption_embeddings_ND,
     )

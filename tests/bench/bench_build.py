@@ -121,7 +121,7 @@ def run_ffmpeg(media: list[Path], config: MediaConfig) -> None:
         for path in media:
             flac = ["-vn", "-ac", "1", "-ar", str(config.sample_rate_hz), "-sample_fmt", "s16", f"{folder}/a.flac"]
             subprocess.run([*quiet, "-i", path, *flac], check=True)
-            for time_seconds in frame_times(9.9, config.num_frames):
+            for time_seconds in frame_times(9.9, config):
                 jpeg = ["-frames:v", "1", "-vf", shrink, "-q:v", "3", f"{folder}/a.jpg"]
                 subprocess.run([*quiet, "-ss", str(time_seconds), "-i", path, *jpeg], check=True)
 

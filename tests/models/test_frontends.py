@@ -4,19 +4,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from open_clip.transform import image_transform
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torchaudio.compliance import kaldi
 
 from audiotext_dist.errors import UserError
-from audiotext_dist.models.frontends import Fbank, FbankConfig, ImageTransform, span_mask
+from audiotext_dist.models.frontends import Fbank, FbankConfig, ImageTransform, LogMel, LogMelConfig, span_mask
 
-ESC_FOLDER = Path(__file__).parents[3] / "shared" / "data" / "esc" / "audio"
-# Float32 noise of log energies, which reach -16: 1e-5 of that.
+REAL_DATA = Path(__file__).parents[3] / "shared" / "data"
+# Noise at full scale, the hardest case for float32: 1e-5 of log energies, which reach -16.
 ATOL = 1.6e-4
 UNIFORM = st.floats(0, 1, exclude_max=True, width=32)
 BARE = FbankConfig(mean=0.0, std=1.0)
@@ -51,17 +54,112 @@ def test_fbank_equals_kaldi_at_any_sample_rate(sample_rate_hz: int) -> None:
         torch.testing.assert_close(fbank_1TF[0, : len(expected_TF)], expected_TF, atol=ATOL, rtol=0)
 
 
-def test_fbank_equals_kaldi_on_recordings() -> None:
-    soundfile = pytest.importorskip("soundfile")
-    recordings = sorted(ESC_FOLDER.glob("*.ogg"))[:8]
-    if not recordings:
-        pytest.skip(f"no recordings at {ESC_FOLDER}")
-    for recording in recordings:
-        samples, sample_rate_hz = soundfile.read(recording, dtype="int16")
-        clip_S = torch.from_numpy(samples)
+def recordings(folder: str, every: int) -> list[tuple[Tensor, int]]:
+    """Some of the real clips, int16, and their sample rates."""
+    paths = sorted((REAL_DATA / folder).rglob("*.ogg"))[::every]
+    if not paths:
+        pytest.skip(f"no recordings at {REAL_DATA / folder}")
+    return [(torch.from_numpy(samples), rate) for samples, rate in (soundfile.read(p, dtype="int16") for p in paths)]
+
+
+@pytest.mark.parametrize(("folder", "every"), [("esc", 36), ("urbansound8k", 120)])
+def test_fbank_equals_kaldi_on_recordings(folder: str, every: int) -> None:
+    for clip_S, sample_rate_hz in recordings(folder, every):
         fbank_TF = Fbank(BARE, sample_rate_hz)(clip_S[None], torch.tensor([len(clip_S)]))[0, 0]
         expected_TF = kaldi_fbank(clip_S / 32768, sample_rate_hz)
-        torch.testing.assert_close(fbank_TF[: len(expected_TF)], expected_TF, atol=ATOL, rtol=0)
+        torch.testing.assert_close(fbank_TF[: len(expected_TF)], expected_TF, atol=1e-5, rtol=0)
+
+
+def log_mel_by_definition(samples: NDArray[np.int16], lowest_hz: float, highest_hz: float) -> NDArray[np.float64]:
+    """PaSST's frontend at 32 kHz, frame by frame in float64, with torchaudio's filters; [128, frames]."""
+    sound = samples / 32768
+    sound = np.pad(sound[1:] - 0.97 * sound[:-1], 512, mode="reflect")
+    window = np.pad(np.sin(np.pi * np.arange(800) / 799) ** 2, 112)
+    frames = [sound[start : start + 1024] * window for start in range(0, len(sound) - 1023, 320)]
+    power = np.abs(np.fft.rfft(np.stack(frames))) ** 2
+    bank, _ = kaldi.get_mel_banks(128, 1024, 32000.0, lowest_hz, highest_hz, 100.0, -500.0, 1.0)
+    return (np.log(bank.double().numpy() @ power[:, :-1].T + 1e-5) + 4.5) / 5
+
+
+def test_log_mel_is_passts_on_recordings() -> None:
+    log_mel = LogMel(LogMelConfig(), 32000)
+    for clip_S, sample_rate_hz in recordings("esc", 120):
+        assert sample_rate_hz == 32000
+        expected = log_mel_by_definition(clip_S.numpy(), 0.0, 15000.0)
+        found = log_mel(clip_S[None])
+        assert found.shape == (1, 1, 128, 1 + (len(clip_S) - 1) // 320)
+        np.testing.assert_allclose(found[0, 0].numpy(), expected, atol=5e-5)
+
+
+def test_log_mel_of_a_sine_peaks_where_the_mel_scale_says() -> None:
+    time = torch.arange(32000) / 32000
+    clips_NS = torch.stack([0.5 * torch.sin(2 * torch.pi * hz * time) for hz in (440, 1000, 4000, 12000)])
+    peaks = LogMel(LogMelConfig(), 32000)(clips_NS)[:, 0, :, 50].argmax(dim=1)
+    # 128 peaks, equally far apart in mel between 0 and mel(15000 Hz) = 3502.3
+    mels = 1127 * np.log1p(np.array([440, 1000, 4000, 12000]) / 700)
+    assert peaks.tolist() == np.rint(mels / (3502.3 / 129) - 1).astype(int).tolist()
+
+
+def test_each_clip_has_its_own_band_in_training() -> None:
+    clips_NS = random_clips(num_clips=10, num_samples=16000)
+    almost_one = 1 - 2**-24
+    uniforms_N2 = torch.tensor([[0.0, 0.0], [almost_one, almost_one], *[[0.35, 0.62]] * 8])
+    found = LogMel(LogMelConfig(), 32000)(clips_NS, uniforms_N2)
+    bands = [(0.0, 16000.0), (9.0, 14001.0), *[(3.0, 14760.0)] * 8]
+    for clip_S, one, band in zip(clips_NS, found, bands, strict=True):
+        np.testing.assert_allclose(one[0].numpy(), log_mel_by_definition(clip_S.numpy(), *band), atol=1e-4)
+
+
+@pytest.mark.parametrize(("seconds", "num_frames"), [(10, 1000), (30, 3000)])
+def test_log_mel_has_a_hundred_frames_a_second(seconds: int, num_frames: int) -> None:
+    assert LogMel(LogMelConfig(), 32000)(torch.zeros(1, 32000 * seconds)).shape == (1, 1, 128, num_frames)
+
+
+def test_log_mel_of_int16_and_of_float_are_the_same_under_autocast_too() -> None:
+    clips_NS = random_clips(num_clips=2, num_samples=8000)
+    log_mel = LogMel(LogMelConfig(), 32000)
+    expected = log_mel(clips_NS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(log_mel(clips_NS / 32768), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"window_samples": 2000}, r"log_mel\.window_samples=2000 is more than log_mel\.fft_size=1024"),
+        ({"hop_samples": 0}, r"log_mel\.hop_samples"),
+        ({"max_hz_jitter": 15995}, r"log_mel\.max_hz_jitter=15995"),
+    ],
+)
+def test_an_impossible_log_mel_is_refused_by_its_key(changes: dict[str, int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        LogMel(LogMelConfig(**changes), 32000)
+
+
+def _frontends_and_inputs(device: str) -> list[tuple[nn.Module, tuple[Tensor, ...]]]:
+    clips_NS, uniforms_N4 = random_clips(num_clips=10, num_samples=16000).to(device), torch.rand(10, 4).to(device)
+    frames_NHWC = torch.randint(0, 256, (3, 40, 60, 3), dtype=torch.uint8).to(device)
+    num_valid_N = torch.full((10,), 9000).to(device)
+    return [
+        (Fbank(SHORT, 16000).to(device), (clips_NS, num_valid_N, uniforms_N4)),
+        (LogMel(LogMelConfig(), 32000).to(device), (clips_NS, uniforms_N4[:, :2])),
+        (ImageTransform(32, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)).to(device), (frames_NHWC,)),
+    ]
+
+
+def test_frontends_stay_on_the_device_of_their_batch() -> None:
+    # Tensors without content that claim to be on a GPU: one made on the CPU on the way would not go with them.
+    with FakeTensorMode():
+        for module, inputs in _frontends_and_inputs("cuda"):
+            found = module(*inputs)
+            assert (found.device.type, found.dtype, len(found)) == ("cuda", torch.float32, len(inputs[0]))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_frontends_say_the_same_on_a_gpu() -> None:
+    for module, inputs in _frontends_and_inputs("cuda"):
+        found = module(*inputs).cpu()
+        torch.testing.assert_close(found, module.cpu()(*(each.cpu() for each in inputs)), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("num_frames", [50, 98, 99, 150])

@@ -109,7 +109,7 @@ def test_too_loud_is_clipped_not_wrapped() -> None:
 
 @given(st.floats(0.02, 1000), st.integers(1, 16))
 def test_frame_times_ascend_inside_the_clip(duration: float, num_frames: int) -> None:
-    times = frame_times(duration, num_frames)
+    times = frame_times(duration, MediaConfig(num_frames=num_frames))
     assert len(times) == num_frames
     assert times == sorted(times)
     assert times[0] >= 0
@@ -117,9 +117,17 @@ def test_frame_times_ascend_inside_the_clip(duration: float, num_frames: int) ->
 
 
 def test_four_frames_of_ten_seconds() -> None:
-    assert frame_times(10.0, 4) == [0.0, 3.333, 6.667, 9.99]
-    assert frame_times(10.0, 1) == [5.0]
-    assert frame_times(10.0, 0) == []
+    assert frame_times(10.0, MediaConfig()) == [0.0, 3.333, 6.667, 9.99]
+    assert frame_times(10.0, MediaConfig(num_frames=1)) == [5.0]
+    assert frame_times(10.0, MediaConfig(num_frames=0)) == []
+
+
+def test_frames_at_times_of_choice(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", 6.0, audio=sweep(6.0, RATE_HZ), rate_hz=RATE_HZ)
+    config = MediaConfig(sample_rate_hz=RATE_HZ, frame_times_seconds=[0.5, 1.0, 60.0])
+    sample = encode_clip(clip(tmp_path / "a.mp4", start_seconds=2.0, end_seconds=4.0), config, "d")
+    assert sample.metadata.frame_times == [0.5, 1.0, 1.99]
+    np.testing.assert_allclose(greys(sample.frames), [grey_of(62), grey_of(75), grey_of(99)], atol=4)
 
 
 @pytest.mark.parametrize("keyframe_distance", ["10", "250"])
@@ -148,10 +156,21 @@ def test_frames_belong_to_the_cut(tmp_path: Path) -> None:
     np.testing.assert_allclose(greys(sample.frames), [grey_of(50), grey_of(75), grey_of(99)], atol=4)
 
 
-@pytest.mark.parametrize(("limit", "size"), [(48, (48, 64)), (24, (24, 32)), (500, (48, 64))])
-def test_the_short_side_only_ever_shrinks(tmp_path: Path, limit: int, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("short", "long", "size"),
+    [
+        (48, None, (48, 64)),
+        (24, None, (24, 32)),
+        (500, None, (48, 64)),
+        (None, 32, (24, 32)),
+        (24, 16, (12, 16)),
+        (12, 32, (12, 16)),
+        (None, None, (48, 64)),
+    ],
+)
+def test_frames_only_ever_shrink(tmp_path: Path, short: int | None, long: int | None, size: tuple[int, int]) -> None:
     write_video(tmp_path / "a.mp4", 0.2)
-    config = MediaConfig(frame_short_side_pixels=limit)
+    config = MediaConfig(frame_short_side_pixels=short, frame_long_side_pixels=long)
     (jpeg,) = read_frames(tmp_path / "a.mp4", [0.0], config)
     assert simplejpeg.decode_jpeg_header(jpeg)[:2] == size
 
@@ -223,8 +242,17 @@ def test_a_cover_image_is_no_picture(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"sample_rate_hz": 0}, {"num_frames": -1}, {"frame_short_side_pixels": 0}, {"jpeg_quality": 101}]
+    "wrong",
+    [
+        {"sample_rate_hz": 0},
+        {"num_frames": -1},
+        {"frame_times_seconds": [1.0, 0.5]},
+        {"frame_times_seconds": [-1.0]},
+        {"frame_short_side_pixels": 0},
+        {"frame_long_side_pixels": 0},
+        {"jpeg_quality": 101},
+    ],
 )
-def test_impossible_media_options_are_refused(wrong: dict[str, int]) -> None:
+def test_impossible_media_options_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(UserError, match=next(iter(wrong))):
         MediaConfig(**wrong)  # type: ignore[arg-type]

@@ -285,3 +285,17 @@ def test_the_members_stand_together_as_streaming_readers_need(tmp_path: Path) ->
     with tarfile.open(make_set(tmp_path / "train") / "00000.tar") as tar:
         keys = [name.split(".")[0] for name in tar.getnames()]
     assert keys == sorted(keys)
+
+
+def test_a_tar_whose_members_stand_apart_is_no_stream(tmp_path: Path) -> None:
+    folder = make_set(tmp_path / "train")
+    with tarfile.open(folder / "00000.tar") as tar:
+        content = {name: tar.extractfile(name).read() for name in tar.getnames()}  # type: ignore[union-attr]
+    (folder / "00000.tar").unlink()
+    with tarfile.open(folder / "00000.tar", "w") as tar:
+        for name in sorted(content, key=lambda name: name.partition(".")[2]):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content[name])
+            tar.addfile(entry, io.BytesIO(content[name]))
+    found = verify(VerifyConfig(splits={"train": str(folder)}, num_workers=1)).findings
+    assert "unstreamable" in {finding.kind for finding in found}

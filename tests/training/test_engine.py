@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError
 from audiotext_dist.models.dual_encoder import ModelInputs
-from audiotext_dist.training.engine import EngineConfig, deepspeed_config
+from audiotext_dist.training.engine import Engine, EngineConfig, deepspeed_config, start_process_group
 from audiotext_dist.training.prepare import prepare
 from audiotext_dist.training.recipe import read_recipe
 from tests.clips import SAMPLE_RATE_HZ
+from tests.ranks import run_on_ranks
 from tests.training.runs import SMALL, write_training_set
 
 
@@ -93,3 +95,39 @@ def test_activations_that_are_computed_again_give_the_same_gradients(tmp_path: P
         gradients.append({name: each.grad for name, each in model.named_parameters() if each.grad is not None})
     assert saved_bytes[1] < 0.7 * saved_bytes[0]
     torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def weights_after_each_step(rank: int, zero_stage: int, sick_step: int | None) -> list[torch.Tensor]:
+    """Steps of two micro-batches; the sick one's gradients are not finite, and its data come again afterwards."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    config = deepspeed_config(
+        EngineConfig(zero_stage=zero_stage),
+        global_batch_size=8,
+        world_size=1,
+        gradient_clipping=None,
+        num_micro_batches=2,
+    )
+    engine = Engine(model, torch.optim.AdamW(model.parameters(), lr=0.1), config)
+    weights = []
+    for step in range(4):
+        is_sick, after = step == sick_step, sick_step is not None and step > sick_step
+        for x_BD in torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(step - after)):
+            engine.backward((engine(x_BD) ** 2).sum() * (float("nan") if is_sick else 1.0))
+            norm = engine.step()
+        assert torch.tensor(norm).isfinite() == (not is_sick)
+        weights.append(model.weight.detach().clone())
+    return weights
+
+
+def compare_accumulated_steps(rank: int) -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+    start_process_group(World())
+    return [(weights_after_each_step(rank, zero, None), weights_after_each_step(rank, zero, 1)) for zero in (0, 1, 2)]
+
+
+def test_a_sick_step_of_several_micro_batches_leaves_no_trace() -> None:
+    for well, sick in run_on_ranks(compare_accumulated_steps, 1)[0]:
+        assert torch.equal(sick[1], sick[0])
+        assert torch.equal(sick[2], well[1])
+        assert torch.equal(sick[3], well[2])
+        assert not torch.equal(well[0], well[1])

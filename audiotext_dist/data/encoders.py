@@ -1,0 +1,77 @@
+"""Which encoder made an embedding: what two encoders must share for the same clip to get the same vector."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from audiotext_dist.data.sets import DataConfig
+from audiotext_dist.models.dual_encoder import DualEncoder, ModelConfig
+
+Modality = Literal["audio", "image", "text"]
+# Where a tower's weights came from; the digest of the weights says it better.
+_ORIGIN_KEYS = {"pretrained", "init", "init_from_image", "frozen"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """One tower of one model.
+
+    model: its name. weights_sha256: of every weight and buffer that is saved. preprocessing: all that happens
+    between a clip's file and the tower, as plain JSON values.
+    """
+
+    model: str
+    weights_sha256: str
+    preprocessing: dict[str, Any]
+
+    def difference(self, other: Encoder) -> str | None:
+        """How this encoder differs from the other one, in words; None where they are the same."""
+        if self.model != other.model:
+            return f"by model {self.model}, not {other.model}"
+        for key in sorted(self.preprocessing.keys() | other.preprocessing.keys()):
+            own, others = self.preprocessing.get(key), other.preprocessing.get(key)
+            if own != others:
+                return f"with {key}={own}, not {others}"
+        if self.weights_sha256 != other.weights_sha256:
+            return f"by other weights of {self.model} ({self.weights_sha256[:12]}, not {other.weights_sha256[:12]})"
+        return None
+
+
+def encoder_of(model: DualEncoder, config: ModelConfig, data: DataConfig, modality: Modality) -> Encoder:
+    """The identity of one tower of a model that was built from ``config``, with its weights as they are now."""
+    tower = getattr(model, modality)
+    assert isinstance(tower, nn.Module), f"the model has no {modality} tower"
+    settings = asdict(getattr(config.without_weights(), modality))
+    name = settings.pop("name")
+    preprocessing = {key: value for key, value in settings.items() if key not in _ORIGIN_KEYS}
+    match modality:
+        case "audio":
+            preprocessing |= {"sample_rate_hz": data.sample_rate_hz, "clip_seconds": data.clip_seconds}
+        case "image":
+            assert model.image is not None
+            transform = model.image.transform
+            preprocessing |= {"num_frames": data.num_frames, "pixels": transform.size}
+            preprocessing |= {"mean": transform.mean_3.tolist(), "std": transform.std_3.tolist()}
+        case "text":
+            pass  # the tokenizer belongs to the model's name
+    return Encoder(
+        model=name,
+        weights_sha256=weights_sha256(tower),
+        # As it is read back: a tuple becomes a list.
+        preprocessing=json.loads(json.dumps(preprocessing)),
+    )
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """Hex SHA-256 of the names, types, shapes and values of a module's state, wherever it lies."""
+    sha256 = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        sha256.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return sha256.hexdigest()

@@ -1,0 +1,369 @@
+"""What reading costs: ``python -m tests.bench.bench_reader [decode] [tar] [plan] [resume] [memory]``
+
+Each part prints a table in Markdown; without words all of them run. Real clips where they are at hand.
+
+decode: CPU time a clip of this reader, of the bare decoders on the same bytes, and of stock pipelines.
+tar: access to the members alone. plan: 100 M clips on 1,024 ranks. resume: the first batch of an epoch, and that
+of its last tenth. memory: a worker's over 100,000 clips.
+
+CPU time of all processes, not the clock: other programs on the machine do not change it much. Contenders take
+turns, and each one's best round counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import itertools
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import psutil
+import simplejpeg
+import soundfile
+import torch
+
+from audiotext_dist.data.decode import ShardReader
+from audiotext_dist.data.index import Shard, ShardIndex, load_shards
+from audiotext_dist.data.loader import TrainingBatches, iterate
+from audiotext_dist.data.plan import Plan
+from audiotext_dist.data.sample import Sample
+from audiotext_dist.data.sets import DataConfig, SetConfig, make_plan, open_sets
+from audiotext_dist.distributed import World
+from shards.media import MediaConfig, try_clip
+from shards.record import Record
+from tests.bench import stock_pipelines
+from tests.bench.bench_build import REAL_DATA, cpu_seconds
+from tests.clips import make_sample, write_shards
+
+NUM_ROUNDS = 3
+BATCH_SIZE = 64
+SAMPLE_RATE_HZ = 32000
+FRAME_PIXELS = 224
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One set of real clips, and what is taken of each."""
+
+    title: str
+    shards: str
+    clip_seconds: float
+    with_frames: bool
+
+    @property
+    def num_clips(self) -> int:
+        """Clips of the set."""
+        return sum(shard.index.num_samples for shard in load_shards(self.shards))
+
+
+def main() -> None:
+    """The parts that the words name."""
+    torch.set_num_threads(1)
+    parts: dict[str, Callable[[Path], None]] = {
+        "decode": compare_decoding,
+        "tar": compare_tar_access,
+        "plan": measure_plan,
+        "resume": compare_starts,
+        "memory": measure_memory,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for name in sys.argv[1:] or parts:
+            print(f"\n{name}\n", flush=True)
+            parts[name](Path(folder))
+
+
+def cases(folder: Path) -> list[Case]:
+    """Shards of real clips, built on first use; whole batches of each, so that no tail is dropped."""
+    sound = sorted((REAL_DATA / "esc").rglob("*.ogg"))[: 6 * BATCH_SIZE]
+    street = sorted((REAL_DATA / "urbansound8k").rglob("*.ogg"))[::5][: 6 * BATCH_SIZE]
+    film = sorted((REAL_DATA / "av").rglob("*.mp4"))
+    frames = MediaConfig(frame_short_side_pixels=FRAME_PIXELS)
+    sounds = build(folder / "esc", sound, MediaConfig(num_frames=0))
+    films = build(folder / "av", film, frames, copies=16)
+    return [
+        Case(title="ESC-50, 5 s", shards=sounds, clip_seconds=5, with_frames=False),
+        Case(
+            title="UrbanSound8K, 4 s",
+            shards=build(folder / "street", street, MediaConfig(num_frames=0)),
+            clip_seconds=4,
+            with_frames=False,
+        ),
+        Case(title="VGGSound, 10 s and a frame", shards=films, clip_seconds=10, with_frames=True),
+        Case(title="VGGSound, 3 s of 10 and a frame", shards=films, clip_seconds=3, with_frames=True),
+    ]
+
+
+def build(out: Path, media: list[Path], config: MediaConfig, copies: int = 1) -> str:
+    """A folder of shards with these clips, each as often as asked."""
+    if not out.exists():
+        found = [
+            try_clip(Record(name=path.stem, media=path, recording="", captions=["a"]), config, "d") for path in media
+        ]
+        clips = [clip for clip in found if isinstance(clip, Sample)]
+        copied = [replace(clip, key=f"{clip.key}-{copy}") for copy in range(copies) for clip in clips]
+        write_shards(out, [copied[start : start + 60] for start in range(0, len(copied), 60)])
+    return str(out)
+
+
+def reader_batches(case: Case, num_workers: int, num_passes: int) -> Iterator[object]:
+    """This reader over the whole set, some times."""
+    data = DataConfig(
+        train={"own": SetConfig(shards=case.shards)},
+        sample_rate_hz=SAMPLE_RATE_HZ,
+        clip_seconds=case.clip_seconds,
+        num_lanes=16,
+    )
+    sets = open_sets(data.train, data, frames=case.with_frames, captions=False)
+
+    def plan_of(epoch: int) -> Plan:
+        return make_plan(sets, data, seed=0, epoch=epoch, global_batch_size=BATCH_SIZE, world_size=1)
+
+    decode = data.decode_config(frames="random" if case.with_frames else "none", frame_pixels=FRAME_PIXELS, random=True)
+    batches = TrainingBatches(sets, plan_of, decode, seed=0, world=World(), tokenize=None)
+    steps = range(num_passes * plan_of(0).num_batches)
+    return iterate(batches, steps, num_workers=num_workers, device=CPU)
+
+
+def encoded_clips(case: Case) -> list[tuple[bytes, bytes | None]]:
+    """(FLAC, one JPEG) of every clip, in memory."""
+    shards = load_shards(case.shards)
+    with contextlib.closing(ShardReader(shards)) as reader:
+        return [
+            (reader.read(shard, row, "flac"), reader.read(shard, row, "1.jpg") if case.with_frames else None)
+            for shard, found in enumerate(shards)
+            for row in range(found.index.num_samples)
+        ]
+
+
+def decode_bare(clips: list[tuple[bytes, bytes | None]], num_samples: int, num_passes: int) -> None:
+    """soundfile and simplejpeg on the same bytes, and nothing else."""
+    random = np.random.default_rng(0)
+    for _ in range(num_passes):
+        for flac, jpeg in clips:
+            with soundfile.SoundFile(io.BytesIO(flac)) as file:
+                if surplus := max(file.frames - num_samples, 0):
+                    file.seek(int(random.integers(surplus + 1)))
+                file.read(num_samples, dtype="int16")
+            if jpeg is not None:
+                simplejpeg.decode_jpeg(jpeg, colorspace="RGB")
+
+
+def decode_bare_in_two(clips: list[tuple[bytes, bytes | None]], num_samples: int, num_passes: int) -> None:
+    """The same in two processes, half of the clips each."""
+    halves = [clips[::2], clips[1::2]]
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=decode_bare, args=(half, num_samples, num_passes)) for half in halves]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+
+
+def exhaust(make: Callable[[], Iterator[object]]) -> None:
+    """Read to the end, and let the workers go."""
+    for _ in make():
+        pass
+
+
+def compare_decoding(folder: Path) -> None:
+    """Milliseconds of CPU a clip, without workers and with two."""
+    print("| clips | workers | bare | reader | reader / bare | webdataset | x | CLAP style | x |")
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    for case in cases(folder):
+        clips, num_samples = encoded_clips(case), round(case.clip_seconds * SAMPLE_RATE_HZ)
+        for num_workers in (0, 2):
+            bare = decode_bare_in_two if num_workers else decode_bare
+            contenders: list[Callable[[int], None]] = [
+                partial(bare, clips, num_samples),
+                lambda passes, case=case, num=num_workers: exhaust(lambda: reader_batches(case, num, passes)),  # type: ignore[misc]
+                *(
+                    lambda passes, case=case, num=num_workers, style=style: exhaust(  # type: ignore[misc]
+                        lambda: stock_pipelines.batches(
+                            case.shards, style, case.clip_seconds, case.with_frames, num, passes
+                        )
+                    )
+                    for style in ("webdataset", "clap")
+                ),
+            ]
+            bare_ms, reader_ms, stock_ms, clap_ms = (1000 * each / len(clips) for each in cpu_a_pass(contenders))
+            print(
+                f"| {case.title} | {num_workers} | {bare_ms:.2f} | {reader_ms:.2f} | {reader_ms / bare_ms:.2f} "
+                f"| {stock_ms:.2f} | {stock_ms / reader_ms:.2f} | {clap_ms:.2f} | {clap_ms / reader_ms:.2f} |",
+                flush=True,
+            )
+
+
+def cpu_a_pass(contenders: list[Callable[[int], None]]) -> list[float]:
+    """CPU seconds that one pass over the set takes each of them; what starting takes is subtracted."""
+    best = [float("inf")] * len(contenders)
+    for _ in range(NUM_ROUNDS):
+        for number, run in enumerate(contenders):
+            few, many = cpu_seconds(partial(run, 1)), cpu_seconds(partial(run, 3))
+            best[number] = min(best[number], (many - few) / 2)
+    return best
+
+
+def compare_tar_access(folder: Path) -> None:
+    """The bytes of every sample's members, samples a CPU second; and of those that a training step takes."""
+    print("| clips | KB read | pread alone | reader, in the plan's order | webdataset, all members | x |")
+    print("|---|---|---|---|---|---|", flush=True)
+    sound, street, film, _ = cases(folder)
+    everything = ["flac", "json", *(f"{number}.jpg" for number in range(4))]
+    for case, title, members in (
+        (sound, sound.title, everything[:2]),
+        (street, street.title, everything[:2]),
+        (film, "VGGSound, 10 s and all 4 frames", everything),
+        (film, "VGGSound, 10 s and a frame", everything[:3]),
+    ):
+        shards = load_shards(case.shards)
+        raw = partial(read_in_place, shards, members)
+        reads = partial(read_members, shards, members)
+        parses = partial(stock_pipelines.members, case.shards)
+        # One pass is too short to be measured.
+        used = cpu_a_pass([lambda n, make=make: exhaust(lambda: make(5 * n)) for make in (raw, reads, parses)])  # type: ignore[misc]
+        bound, ours, theirs = (5 * case.num_clips / each for each in used)
+        lengths = [shard.index.members[member][:, 1].sum() for shard in shards for member in members]
+        kilobytes = sum(lengths) / case.num_clips / 1000
+        speeds = f"{bound:,.0f} | {ours:,.0f} | {theirs:,.0f} | {ours / theirs:.1f}"
+        print(f"| {title} | {kilobytes:.0f} | {speeds} |", flush=True)
+
+
+def read_in_place(shards: list[Shard], members: list[str], num_passes: int) -> Iterator[bytes]:
+    """These members of every sample, in the tar's order, by nothing but the system's call: the bound."""
+    for _, shard in itertools.product(range(num_passes), shards):
+        descriptor = os.open(shard.path, os.O_RDONLY)
+        spans = np.stack([shard.index.members[member][:, :2] for member in members], axis=1).reshape(-1, 2)
+        for offset, num_bytes in spans.tolist():
+            yield os.pread(descriptor, num_bytes, offset)
+        os.close(descriptor)
+
+
+def read_members(shards: list[Shard], members: list[str], num_passes: int) -> Iterator[bytes]:
+    """These members of every sample, in the plan's order."""
+    sizes = [[shard.index.num_samples for shard in shards]]
+    with contextlib.closing(ShardReader(shards)) as reader:
+        for epoch in range(num_passes):
+            plan = Plan(
+                set_sizes=sizes,
+                set_weights=[1.0],
+                seed=0,
+                epoch=epoch,
+                global_batch_size=64,
+                num_lanes=8,
+                window_shards=4,
+            )
+            for number in range(plan.num_batches):
+                for slot in plan.batch(number):
+                    for member in members:
+                        yield reader.read(slot.shard, slot.row, member)
+
+
+def measure_plan(folder: Path) -> None:
+    """100 M clips in 400 k shards on 1,024 ranks, and what their indexes take; each in a process of its own."""
+    print("| what | seconds | MB |\n|---|---|---|", flush=True)
+    for name in ("plan_of_a_rank", "open_indexes"):
+        code = f"from {__spec__.name} import {name}; {name}({str(folder)!r})"
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def own_mb() -> float:
+    """Memory of this process, megabytes."""
+    return psutil.Process().memory_full_info().uss / 1e6
+
+
+def plan_of_a_rank(folder: str) -> None:
+    """Make the plan, then one rank's batches."""
+    num_shards, clips_a_shard, world_size = 400_000, 250, 1024
+    before, start = own_mb(), time.perf_counter()
+    plan = Plan(
+        set_sizes=[[clips_a_shard] * num_shards],
+        set_weights=[1.0],
+        seed=0,
+        epoch=0,
+        global_batch_size=32_768,
+        num_lanes=world_size,
+        window_shards=4,
+    )
+    made = time.perf_counter()
+    print(f"| plan of {num_shards * clips_a_shard:,} clips | {made - start:.2f} | {own_mb() - before:.0f} |")
+    for number in range(plan.num_batches):
+        plan.batch(number, rank=77, world_size=world_size)
+    seconds = time.perf_counter() - made
+    print(
+        f"| a rank's batches of a whole epoch, {plan.num_batches:,} | {seconds:.2f} | {own_mb() - before:.0f} in all |"
+    )
+
+
+def open_indexes(folder: str) -> None:
+    """Read some indexes of 250 clips with four frames, and say what 400 k would take."""
+    num_indexes = 200
+    members = {
+        name: np.arange(750).reshape(250, 3) * 10**6 for name in ("flac", "json", *(f"{n}.jpg" for n in range(4)))
+    }
+    keys = [f"Y{number:011d}_30000_40000" for number in range(250)]
+    index = ShardIndex(
+        shard_name="00000.tar", shard_bytes=10**8, sha256="0" * 64, keys=keys, recordings=keys, members=members
+    )
+    for number in range(num_indexes):
+        (Path(folder) / f"{number}.json").write_bytes(index.to_json())
+    gc.collect()
+    before, start = own_mb(), time.perf_counter()
+    kept = [ShardIndex.from_json((Path(folder) / f"{n}.json").read_bytes(), "i") for n in range(num_indexes)]
+    seconds, mb = time.perf_counter() - start, own_mb() - before
+    print(f"| open an index of 250 clips with 4 frames | {seconds / num_indexes:.5f} | {mb / len(kept):.3f} |")
+    share = 400_000 / num_indexes
+    print(f"| so, 400,000 of them | {seconds * share:,.0f} | {mb * share:,.0f} |", flush=True)
+
+
+def compare_starts(folder: Path) -> None:
+    """The first batch of 1 M clips, from step 0 and from 90 per cent, with two workers; best of three."""
+    (shard,) = load_shards(write_shards(folder / "small", [[make_sample(row, num_frames=0) for row in range(250)]]))
+    data = DataConfig(train={"own": SetConfig(shards=str(folder / "small"))}, sample_rate_hz=8000, clip_seconds=1)
+    shards = [shard] * 4000
+
+    def plan_of(epoch: int) -> Plan:
+        return make_plan([shards], data, seed=0, epoch=epoch, global_batch_size=256, world_size=1)
+
+    def first_batch(step: int) -> float:
+        start = time.perf_counter()
+        decode = data.decode_config(frames="none", frame_pixels=0, random=True)
+        batches = TrainingBatches([shards], plan_of, decode, seed=0, world=World(), tokenize=None)
+        next(iterate(batches, range(step, plan_of(0).num_batches), num_workers=2, device=CPU))
+        return time.perf_counter() - start
+
+    print("| first batch of 1,000,000 clips | seconds |\n|---|---|")
+    num_batches = plan_of(0).num_batches
+    for title, step in (("from step 0", 0), (f"from step {num_batches * 9 // 10}", num_batches * 9 // 10)):
+        print(f"| {title} of {num_batches} | {min(first_batch(step) for _ in range(3)):.2f} |", flush=True)
+
+
+def measure_memory(folder: Path) -> None:
+    """A worker's own memory while it reads 100,000 clips, over many epochs of one set."""
+    case = replace(cases(folder)[0], clip_seconds=0.5)
+    num_passes = 1 + 100_000 // case.num_clips
+    batches = reader_batches(case, 1, num_passes)
+    next(batches)
+    (worker,) = (each for each in psutil.Process().children() if each.is_running())
+    total, mb = num_passes * (case.num_clips // BATCH_SIZE), list[str]()
+    print("| clips read | " + " | ".join(f"{tenth * 10_000:,}" for tenth in range(1, 10)) + " |")
+    print("|---" * 10 + "|")
+    for number, _ in enumerate(batches, 2):
+        if number * 10 // total > (number - 1) * 10 // total:
+            mb.append(f"{worker.memory_full_info().uss / 1e6:.1f}")
+    print("| the worker's own memory, MB | " + " | ".join(mb) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
