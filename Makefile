@@ -34,9 +34,10 @@ pretrain: $(READY)  ## the main job on the embedded corpus: generate, pack, trai
 test: $(READY)  ## the test suite
 	python -m pytest
 
-bench: $(READY)  ## what a shard build and the reader cost: CPU time a clip, memory; some 20 minutes
+bench: $(READY)  ## what a shard build, the reader and the loss cost: CPU time, memory; some 40 minutes
 	OMP_NUM_THREADS=1 python -m tests.bench.bench_build docs/build_memory.png
 	OMP_NUM_THREADS=1 python -m tests.bench.bench_reader
+	OMP_NUM_THREADS=1 python -m tests.bench.bench_losses
 
 test-faults: $(READY)  ## builds killed at many moments, on a disk and on S3: some minutes
 	python -m pytest -m faults -s

@@ -30,6 +30,20 @@ ENOUGH = ["name=test", "data.train.own.shards=shards"]
         ([*ENOUGH, "training.seed=-1"], r"training.seed=-1 must not be negative"),
         ([*ENOUGH, "model.max_logit_scale=0"], r"model.max_logit_scale=0.0 must be above 0"),
         ([*ENOUGH, "data.train.own.shards=s3://key:secret@bucket/a"], r"^[^:]*s3://bucket/a is given with credentials"),
+        ([*ENOUGH, "loss.pair_weight=0"], r"the loss has no term: set loss.pair_weight"),
+        ([*ENOUGH, "loss.recording_weight=-1"], r"loss.recording_weight=-1.0 must be 0 or more"),
+        ([*ENOUGH, "loss.tile_bytes=0"], r"loss.tile_bytes=0 must be above 0"),
+        ([*ENOUGH, "loss.direction=forth"], r"wrong value for 'loss.direction'.*first_to_second"),
+        ([*ENOUGH, "loss.teacher_weight=1"], r"loss.teacher_weight=1.0 needs the teachers' embeddings"),
+        ([*ENOUGH, "loss.name=sigmoid"], r"needs a bias: set model.init_logit_bias=-10"),
+        ([*ENOUGH, "model.init_logit_bias=-10"], r"model.init_logit_bias=-10 changes no softmax"),
+        ([*ENOUGH, "loss.name=sigmoid", "loss.teacher_weight=1"], r"takes no softmaxed targets"),
+        ([*ENOUGH, "loss.name=sigmoid", "loss.direction=first_to_second"], r"loss.name=sigmoid has no directions"),
+        (
+            [*ENOUGH, "loss.name=sigmoid", "loss.recording_weight=1", "loss.recording_form=mean_a_row"],
+            r"no loss.recording_form=mean_a_row: set mean_over_pairs or left_out",
+        ),
+        ([*ENOUGH, "training.micro_batch_size=0"], r"training.micro_batch_size=0 must be above 0"),
         ([*ENOUGH, "training.precision=fp8"], r"wrong value for 'training.precision'.*bf16"),
         ([*ENOUGH, "engine.zero_stage=3"], r"engine.zero_stage=3 is not supported: choose 0 or 1"),
         ([*ENOUGH, "optim.name=lars", "engine.zero_stage=1"], r"optim.name=lars cannot run with engine.zero_stage=1"),
@@ -109,3 +123,16 @@ def test_a_batch_that_the_processes_cannot_share_names_one_that_they_can():
     recipe = read_recipe([*ENOUGH, "training.global_batch_size=64"])
     with pytest.raises(UserError, match="64 cannot be shared by 3 processes: set it to 63"):
         recipe.check_world(3)
+
+
+def test_micro_batches_share_each_process_evenly():
+    recipe = read_recipe([*ENOUGH, "training.global_batch_size=48", "training.micro_batch_size=10"])
+    with pytest.raises(
+        UserError, match=r"micro_batch_size=10 does not divide the 24 clips of each process: set it to 8"
+    ):
+        recipe.check_world(2)
+    recipe.check_world(6)
+    assert recipe.num_micro_batches(6) == 1
+    fitting = read_recipe([*ENOUGH, "training.global_batch_size=48", "training.micro_batch_size=8"])
+    fitting.check_world(2)
+    assert fitting.num_micro_batches(2) == 3

@@ -91,8 +91,8 @@ def two_processes(folder):
     return pretrain(folder, "two")
 
 
-def test_one_and_two_processes_have_the_same_losses(folder, two_processes):
-    alone = losses(pretrain(folder, "one", num_processes=1))
+def test_two_processes_and_one_in_micro_batches_have_the_same_losses(folder, two_processes):
+    alone = losses(pretrain(folder, "one", "training.micro_batch_size=4", num_processes=1))
     assert list(alone) == list(range(1, NUM_STEPS + 1))
     assert losses(two_processes) == pytest.approx(alone, rel=1e-4)
     assert learned(alone)

@@ -1,1 +1,1 @@
-"""Contrastive losses over negatives gathered from every rank."""
+"""Contrastive losses over the pairs of every rank."""

@@ -1,13 +1,10 @@
-"""Symmetric InfoNCE in one block per rank (Temporal agreement, Eq. 1; the CLIP loss).
+"""The contrastive losses, in one block a rank (Temporal agreement, Eq. 1; Correspondences, stages 1 and 2; SigLIP).
 
-Shapes: n rows of this rank, N = world_size * n rows in all, D embedding, c rows of a tile.
+Shapes: n rows of this rank, N rows of all ranks, D embedding, E embedding of the teachers, c rows of a tile.
 
-1. Gather the other side once, T_ND. This rank's block of scaled cosines is S = scale * a_nD @ T_ND^T.
-2. Walk the block in tiles of c rows. A row's logsumexp is local; the columns' are joined over the ranks
-   by a maximum and a sum of N floats.
-3. Walk it again for the gradient with respect to S: G = (softmax over rows + softmax over columns) / 2
-   minus the targets, all over n. Then d a = scale * G @ T, d T = scale * G^T @ a, whose sum over ranks is
-   scattered back to the rows' owners, and d scale = sum of G * S / scale.
+1. Gather the other side once, t_ND. This rank's block of scores is S = (scale * a_nD) @ t_ND^T.
+2. Make the loss and its gradient G with respect to S tile by tile (``softmax``, ``sigmoid``): see there.
+3. Then d a = scale * G @ t, and d t = G^T @ (scale * a), whose sum over ranks is scattered back to the rows' owners.
 
 So memory is a tile and a few [N, D], never [n, N]; there are four matmuls and one gather, and every
 collective is in the forward: a rank that decides to skip the backward leaves no other one waiting.
@@ -18,90 +15,132 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from audiotext_dist.distributed import is_parallel
-from audiotext_dist.losses.gather import gather_rows, logsumexp_over_ranks, reduce_scatter_rows
+from audiotext_dist.losses.block import Block, BlockLoss
+from audiotext_dist.losses.config import LossConfig
+from audiotext_dist.losses.gather import RowLayout, gather_rows, reduce_scatter_rows, row_layout
+from audiotext_dist.losses.sigmoid import sigmoid_loss
+from audiotext_dist.losses.softmax import softmax_loss
+from audiotext_dist.losses.targets import TEACHER, TEACHER_ENTROPY, Targets, make_targets
 
-DEFAULT_TILE_BYTES = 256 << 20
+DEFAULT = LossConfig()
 
 
-class ContrastiveOutput(NamedTuple):
-    """loss: whose mean over ranks is the global loss. own_rank_n: for each own row, how many columns score above its
-    pair (0 = found first).
+class LossOutput(NamedTuple):
+    """The mean over ranks of each of these is that of the whole batch.
+
+    loss: carries the gradient. figures: what to log, each a scalar: ``NAME_loss`` of each term before its weight,
+    ``recall_at_1``, the share of rows whose own pair scores highest; ``positives_a_row`` where recordings are given,
+    itself included; ``teacher_entropy`` and ``teacher_kl`` (nats) where there are teachers.
     """
 
     loss: torch.Tensor
-    own_rank_n: torch.Tensor
+    figures: dict[str, torch.Tensor]
+
+
+class Teachers(NamedTuple):
+    """What teachers say of the two sides of this rank's rows, [n, E] each: see ``targets.join_teachers``."""
+
+    a_nE: torch.Tensor
+    t_nE: torch.Tensor
 
 
 def contrastive_loss(
-    a_nD: torch.Tensor, t_nD: torch.Tensor, scale: torch.Tensor, *, tile_bytes: int = DEFAULT_TILE_BYTES
-) -> ContrastiveOutput:
-    """InfoNCE in both directions, averaged, over the rows of every rank; row i of one side pairs with row i.
+    a_nD: torch.Tensor,
+    t_nD: torch.Tensor,
+    scale: torch.Tensor,
+    config: LossConfig = DEFAULT,
+    *,
+    bias: torch.Tensor | None = None,
+    recording_n: torch.Tensor | None = None,
+    teachers: Teachers | None = None,
+    is_valid_n: torch.Tensor | None = None,
+    matmul_dtype: torch.dtype | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
+) -> LossOutput:
+    """The loss over the rows of every rank; row i of one side pairs with row i of the other.
 
     The mean over ranks of the returned losses is the loss of the whole batch. An engine that averages
     gradients over ranks, as DeepSpeed does, gets the whole batch's gradient for every parameter, the
-    temperature included.
+    temperature included. Ranks may hold different numbers of rows, or none.
 
     Args:
-        a_nD, t_nD: this rank's L2-normalised embeddings, float32 or float64, as many on every rank.
+        a_nD, t_nD: this rank's L2-normalised embeddings, float32 or float64.
         scale: [1], 1 / temperature.
-        tile_bytes: budget of one tile of the block of cosines.
+        bias: [1], of ``sigmoid`` alone.
+        recording_n: int64, from ``targets.recording_ids``; needed by the recording term.
+        teachers: needed by the teacher term.
+        is_valid_n: bool; a row without it is as if it were not there.
+        matmul_dtype: bfloat16 lets matmuls read so; sums stay as the embeddings are.
+        group: None is every rank.
     """
     assert a_nD.shape == t_nD.shape, "one row a side for each clip"
     assert scale.shape == (1,)
-    loss, own_rank_n = _OneBlockInfoNCE.apply(a_nD, t_nD, scale, tile_bytes)  # type: ignore[no-untyped-call]
-    return ContrastiveOutput(loss, own_rank_n)
+    assert (bias is not None) == (config.name == "sigmoid")
+    assert recording_n is not None or not config.recording_weight
+    assert teachers is not None or not config.teacher_weight
+    if is_valid_n is not None:
+        a_nD, t_nD = a_nD[is_valid_n], t_nD[is_valid_n]
+        recording_n = None if recording_n is None else recording_n[is_valid_n]
+        teachers = None if teachers is None else Teachers(*(side_nE[is_valid_n] for side_nE in teachers))
+    x_nD = scale * a_nD
+    with torch.no_grad():
+        layout = row_layout(len(x_nD), x_nD.device, group)
+        targets = make_targets(config, layout, recording_n, like=x_nD)
+        block = Block(x_nD, gather_rows(t_nD.to(matmul_dtype or t_nD.dtype), layout))
+        if config.name == "sigmoid":
+            assert bias is not None
+            made = sigmoid_loss(block, targets, bias, config)
+        else:
+            made = softmax_loss(block, targets, _teacher_block(teachers, layout, config, like=x_nD), config)
+        grad_t_nD = reduce_scatter_rows(block.grad_t_ND, layout)
+        value = _weighted_sum(made.terms, targets, config)
+    loss = _WithGradients.apply(  # type: ignore[no-untyped-call]
+        value, [block.grad_x_nD, grad_t_nD, made.grad_bias], x_nD, t_nD, bias
+    )
+    return LossOutput(loss, _figures(made, targets, has_recordings=recording_n is not None))
 
 
-class _OneBlockInfoNCE(torch.autograd.Function):
+def _teacher_block(
+    teachers: Teachers | None, layout: RowLayout, config: LossConfig, like: torch.Tensor
+) -> Block | None:
+    if teachers is None or not config.teacher_weight:
+        return None
+    a_nE, t_nE = (side_nE.to(like.dtype) for side_nE in teachers)
+    return Block(a_nE / config.teacher_temperature, gather_rows(t_nE, layout))
+
+
+def _weighted_sum(terms: dict[str, torch.Tensor], targets: Targets, config: LossConfig) -> torch.Tensor:
+    weights = {term.name: term.weight for term in targets.terms} | {TEACHER: config.teacher_weight}
+    return torch.stack([weight * terms[name] for name, weight in weights.items() if weight]).sum()
+
+
+def _figures(made: BlockLoss, targets: Targets, *, has_recordings: bool) -> dict[str, torch.Tensor]:
+    terms = dict(made.terms)
+    figures = {"recall_at_1": made.recall_at_1}
+    if has_recordings:
+        figures["positives_a_row"] = targets.count_N.sum() / max(len(targets.count_N), 1)
+    if TEACHER in terms:
+        figures[TEACHER_ENTROPY] = terms.pop(TEACHER_ENTROPY)
+        figures["teacher_kl"] = terms[TEACHER] - figures[TEACHER_ENTROPY]
+    return figures | {f"{name}_loss": value for name, value in terms.items()}
+
+
+class _WithGradients(torch.autograd.Function):
+    """A value whose gradients with respect to its inputs are known already."""
+
     @staticmethod
     def forward(
-        ctx: Any, a_nD: torch.Tensor, t_nD: torch.Tensor, scale: torch.Tensor, tile_bytes: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        every_t_ND = gather_rows(t_nD.detach())
-        num_own, num_all = len(a_nD), len(every_t_ND)
-        first_pair = num_own * (dist.get_rank() if is_parallel() else 0)
-        tile_rows = max(1, tile_bytes // (num_all * a_nD.element_size()))
-        tiles = [slice(start, min(start + tile_rows, num_own)) for start in range(0, num_own, tile_rows)]
-
-        row_lse_n = a_nD.new_empty(num_own)
-        pair_n = a_nD.new_empty(num_own)
-        own_rank_n = torch.empty(num_own, dtype=torch.int64, device=a_nD.device)
-        col_lse_N = a_nD.new_full((num_all,), -torch.inf)
-        for tile in tiles:
-            s_cN = scale * (a_nD[tile] @ every_t_ND.T)
-            pair_n[tile] = s_cN.diagonal(first_pair + tile.start)
-            row_lse_n[tile] = s_cN.logsumexp(dim=1)
-            col_lse_N = torch.logaddexp(col_lse_N, s_cN.logsumexp(dim=0))
-            own_rank_n[tile] = (s_cN > pair_n[tile, None]).sum(dim=1)
-        col_lse_N = logsumexp_over_ranks(col_lse_N)
-
-        grad_a_nD = torch.empty_like(a_nD)
-        grad_every_t_ND = torch.zeros_like(every_t_ND)
-        grad_scale = torch.zeros_like(scale)
-        for tile in tiles:
-            cosine_cN = a_nD[tile] @ every_t_ND.T
-            s_cN = scale * cosine_cN
-            g_cN = (s_cN - row_lse_n[tile, None]).exp_()
-            g_cN += (s_cN - col_lse_N).exp_()
-            g_cN /= 2
-            g_cN.diagonal(first_pair + tile.start).sub_(1)
-            g_cN /= num_own
-            grad_scale += (g_cN * cosine_cN).sum()
-            g_cN *= scale
-            grad_a_nD[tile] = g_cN @ every_t_ND
-            grad_every_t_ND.addmm_(g_cN.T, a_nD[tile])
-        ctx.save_for_backward(grad_a_nD, reduce_scatter_rows(grad_every_t_ND), grad_scale)
-
-        own_col_lse_n = col_lse_N[first_pair : first_pair + num_own]
-        ctx.mark_non_differentiable(own_rank_n)
-        return ((row_lse_n + own_col_lse_n) / 2 - pair_n).mean(), own_rank_n
+        ctx: Any, value: torch.Tensor, gradients: list[torch.Tensor | None], *_: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.gradients = gradients
+        return value.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
-        grad_a_nD, grad_t_nD, grad_scale = ctx.saved_tensors
-        return grad_loss * grad_a_nD, grad_loss * grad_t_nD, grad_loss * grad_scale, None
+    def backward(ctx: Any, grad_value: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # Scaled in place: they are as large as the gathered embeddings, and asked for once.
+        gradients = [None if gradient is None else gradient.mul_(grad_value) for gradient in ctx.gradients]
+        del ctx.gradients
+        return None, None, *gradients

@@ -27,6 +27,7 @@ class ModelConfig:
     """Towers and temperature; a task builds only the two towers it names.
 
     init_temperature: of the softmax; CLIP's 0.07. max_logit_scale: upper bound of 1 / temperature.
+    init_logit_bias: of loss.name=sigmoid, which starts well from -10 with init_temperature=0.1; null for softmax.
     """
 
     audio: AudioTowerConfig = field(default_factory=AudioTowerConfig)
@@ -35,6 +36,7 @@ class ModelConfig:
     init_temperature: float = 0.07
     learn_temperature: bool = True
     max_logit_scale: float = 100.0
+    init_logit_bias: float | None = None
 
     def without_weights(self) -> ModelConfig:
         """The same towers, to be filled from a checkpoint: nothing is read or downloaded to build them."""
@@ -79,6 +81,7 @@ class DualEncoder(nn.Module):
     """Two of the three towers into one space.
 
     logit_scale: the log of the scale of the cosines, shape (1,), since DeepSpeed takes no 0-dim parameter.
+    logit_bias: what the sigmoid loss adds to the scaled cosines, shape (1,), or None.
     autocast_dtype: what the towers compute in; None leaves that to the caller.
     """
 
@@ -100,6 +103,8 @@ class DualEncoder(nn.Module):
         self.logit_scale = nn.Parameter(
             torch.full((1,), -math.log(config.init_temperature)), requires_grad=config.learn_temperature
         )
+        bias = config.init_logit_bias
+        self.logit_bias = None if bias is None else nn.Parameter(torch.full((1,), bias))
 
     def forward(self, inputs: ModelInputs) -> tuple[Tensor, Tensor]:
         """The task's two sides in the order of its name, each float32 [N, D] of unit length."""

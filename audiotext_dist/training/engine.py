@@ -112,8 +112,8 @@ _DECIDED_BY = {
     "activation_checkpointing": "engine.activation_checkpointing",
     "gradient_clipping": "optim.gradient_clipping",
     "train_batch_size": "training.global_batch_size",
-    "train_micro_batch_size_per_gpu": "training.global_batch_size",
-    "gradient_accumulation_steps": "training.global_batch_size",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.micro_batch_size",
     "zero_optimization.stage": "engine.zero_stage",
 }
 

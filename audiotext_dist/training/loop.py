@@ -138,7 +138,7 @@ class _Run:
 
     def to_the_end(self) -> list[RetrievalResult]:
         """Every step that is left, then the last checkpoint and evaluation."""
-        recipe = self._recipe
+        recipe, model = self._recipe, self._prepared.model
         with tqdm(
             total=self._last_step,
             initial=self._step,
@@ -151,7 +151,9 @@ class _Run:
             for batch in in_step(meter.waiting_for(self._batches())):
                 self._set_learning_rates()
                 self._seed_step()
-                result = train_step(self._engine, self._prepared.model, batch, self._health)
+                result = train_step(
+                    self._engine, model, batch, self._health, recipe.loss, recipe.training.autocast_dtype
+                )
                 self._step += 1
                 self._health.note(self._step, result.loss, result.sickness, batch.keys, self._world)
                 self._bad_samples.add(len(batch.keys), batch.bad_samples)
@@ -227,7 +229,7 @@ class _Run:
         learning_rates = named_learning_rates(self._engine.param_groups)
         measured = {
             "train/loss": result.loss,
-            "train/recall_at_1": result.recall_at_1,
+            **{f"train/{name}": value for name, value in result.figures.items()},
             "train/logit_scale": result.logit_scale,
             "optim/gradient_norm": result.gradient_norm,
         }

@@ -62,6 +62,7 @@ class Prepared:
             global_batch_size=self.recipe.training.global_batch_size,
             world_size=self.world.size,
             gradient_clipping=self.recipe.optim.gradient_clipping,
+            num_micro_batches=self.recipe.num_micro_batches(self.world.size),
         )
 
     def start(self) -> Progress:

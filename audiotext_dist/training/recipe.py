@@ -17,6 +17,7 @@ import torch
 from audiotext_dist import configuration
 from audiotext_dist.data.sets import DataConfig
 from audiotext_dist.errors import UserError, require_positive
+from audiotext_dist.losses.config import LossConfig
 from audiotext_dist.models.dual_encoder import ModelConfig, Task
 from audiotext_dist.training.checkpoint import RECIPE_FILE, newest_whole
 from audiotext_dist.training.engine import EngineConfig
@@ -30,6 +31,8 @@ class TrainingConfig:
     """Length, batch and precision of the run.
 
     max_steps: stop after so many steps although epochs are left; the schedule still counts num_epochs.
+    micro_batch_size: clips that the towers of a rank hold at once, null for all of its share. The negatives are
+    those of the whole batch all the same, for one more forward.
     resume: ``auto`` goes on from the newest complete checkpoint in run_dir, or starts where there is none.
     max_sick_steps_in_a_row: a step whose loss or gradient is not finite is skipped; more of them in a row end the run.
     spike_ratio: a loss above so many times the median of the last 32 is a spike: counted, logged, and left out with
@@ -39,6 +42,7 @@ class TrainingConfig:
     num_epochs: int = 10
     max_steps: int | None = None
     global_batch_size: int = 64
+    micro_batch_size: int | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = 0
     resume: Literal["auto", "never"] = "never"
@@ -47,7 +51,9 @@ class TrainingConfig:
     skip_spikes: bool = False
 
     def __post_init__(self) -> None:
-        require_positive(self, "training", "num_epochs", "max_steps", "global_batch_size", "spike_ratio")
+        require_positive(
+            self, "training", "num_epochs", "max_steps", "global_batch_size", "micro_batch_size", "spike_ratio"
+        )
         if self.max_sick_steps_in_a_row < 0:
             raise UserError(f"training.max_sick_steps_in_a_row={self.max_sick_steps_in_a_row} must not be negative")
         if self.seed < 0:
@@ -79,6 +85,7 @@ class Recipe:
     run_dir: str = "runs/${name}"
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -95,6 +102,7 @@ class Recipe:
                 f"optim.name=lars cannot run with engine.zero_stage={self.engine.zero_stage}, whose flat tensors "
                 "hide each parameter's norm: set engine.zero_stage=0, or optim.name=adamw"
             )
+        self._check_loss()
         fbank = self.model.audio.fbank
         heard_seconds = fbank.num_fbank_frames * fbank.frame_shift_ms / 1000
         if "audio" in self.task and self.data.clip_seconds > heard_seconds + fbank.frame_length_ms / 1000:
@@ -107,6 +115,27 @@ class Recipe:
                 f"optim.warmup_epochs={self.optim.warmup_epochs:g} is longer than training.num_epochs="
                 f"{self.training.num_epochs}: lower it"
             )
+
+    def _check_loss(self) -> None:
+        if self.loss.name == "sigmoid" and self.model.init_logit_bias is None:
+            raise UserError(
+                "loss.name=sigmoid needs a bias: set model.init_logit_bias=-10, with model.init_temperature=0.1"
+            )
+        if self.loss.name == "softmax" and self.model.init_logit_bias is not None:
+            raise UserError(
+                f"model.init_logit_bias={self.model.init_logit_bias:g} changes no softmax: set it to null, or "
+                "loss.name=sigmoid"
+            )
+        if self.loss.teacher_weight:
+            raise UserError(
+                f"loss.teacher_weight={self.loss.teacher_weight} needs the teachers' embeddings, which no key of the "
+                "data gives yet: set it to 0"
+            )
+
+    def num_micro_batches(self, world_size: int) -> int:
+        """Parts of a rank's share of the batch that go through the towers one after another."""
+        share = self.training.global_batch_size // world_size
+        return share // min(share, self.training.micro_batch_size or share)
 
     def _check_features(self) -> None:
         for key, modality in (("frame_features", "image"), ("caption_features", "text")):
@@ -128,6 +157,13 @@ class Recipe:
             nearest = max(world_size, round(batch / world_size) * world_size)
             raise UserError(
                 f"training.global_batch_size={batch} cannot be shared by {world_size} processes: set it to {nearest}"
+            )
+        share, micro = batch // world_size, self.training.micro_batch_size
+        if micro is not None and micro < share and share % micro:
+            fitting = next(size for size in range(micro, 0, -1) if share % size == 0)
+            raise UserError(
+                f"training.micro_batch_size={micro} does not divide the {share} clips of each process: set it to "
+                f"{fitting}"
             )
 
 

@@ -1,4 +1,9 @@
-"""The one-block loss against the naive full-batch one, alone and over real ranks."""
+"""The loss family against the naive losses of the whole batch, and against others' losses."""
+
+import dataclasses
+import os
+import subprocess
+import sys
 
 import open_clip
 import pytest
@@ -6,84 +11,181 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from audiotext_dist.losses.contrastive import contrastive_loss
+from audiotext_dist.losses.config import LossConfig
+from audiotext_dist.losses.contrastive import Teachers, contrastive_loss
+from audiotext_dist.losses.targets import join_teachers, recording_ids
+from tests.losses.cases import CONFIGS, DIM, NUM_ROWS, RECORDINGS, on_four_ranks, raw_teachers, rows
+from tests.losses.naive import naive_loss
 from tests.ranks import run_on_ranks
-
-NUM_ROWS, DIM = 24, 8
 
 
 def unit_rows(seed: int, num_rows: int = NUM_ROWS, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return functional.normalize(torch.randn(num_rows, DIM, dtype=dtype, generator=generator), dim=1)
-
-
-def naive(a: torch.Tensor, t: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    logits = scale * a @ t.T
-    target = torch.arange(len(logits))
-    return (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
+    return functional.normalize(rows(seed, num_rows, dtype=dtype), dim=1)
 
 
 def leaves(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [tensor.detach().clone().requires_grad_() for tensor in tensors]
 
 
-def shared_rows(rank: int, world_size: int, tile_bytes: int) -> list[torch.Tensor]:
-    """Loss and gradients of one rank's rows, through a linear tower that every rank shares."""
-    own = slice(rank * NUM_ROWS // world_size, (rank + 1) * NUM_ROWS // world_size)
-    tower, log_scale = leaves(torch.eye(DIM, dtype=torch.float64) + 0.1, torch.full((1,), 2.0, dtype=torch.float64))
-    a = functional.normalize(unit_rows(1)[own] @ tower, dim=1)
-    t = functional.normalize(unit_rows(2)[own] @ tower, dim=1)
-    loss = contrastive_loss(a, t, log_scale.exp(), tile_bytes=tile_bytes).loss
+def teachers() -> Teachers:
+    return Teachers(*(join_teachers(side) for side in zip(*raw_teachers(), strict=True)))
+
+
+def assert_same(ours, theirs, loss, expected, **tolerance) -> None:
     loss.backward()
-    return [loss.detach(), tower.grad, log_scale.grad]
-
-
-@pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("tile_rows", [1, 5, 1000])
-def test_mean_over_ranks_is_the_full_batch(world_size, tile_rows):
-    tile_bytes = tile_rows * NUM_ROWS * 8
-    by_rank = run_on_ranks(shared_rows, world_size, world_size, tile_bytes)
-    tower, log_scale = leaves(torch.eye(DIM, dtype=torch.float64) + 0.1, torch.full((1,), 2.0, dtype=torch.float64))
-    a = functional.normalize(unit_rows(1) @ tower, dim=1)
-    t = functional.normalize(unit_rows(2) @ tower, dim=1)
-    loss = naive(a, t, log_scale.exp())
-    loss.backward()
-    for number, expected in enumerate([loss.detach(), tower.grad, log_scale.grad]):
-        mean = torch.stack([values[number] for values in by_rank]).mean(dim=0)
-        torch.testing.assert_close(mean, expected, rtol=0, atol=1e-12)
-
-
-@settings(deadline=None, max_examples=40)
-@given(num_rows=st.integers(1, 30), tile_rows=st.integers(1, 40), scale=st.floats(0.5, 100), seed=st.integers(0, 99))
-def test_alone_it_is_the_naive_loss(num_rows, tile_rows, scale, seed):
-    ours = leaves(unit_rows(seed, num_rows), unit_rows(seed + 100, num_rows), torch.tensor([scale]).double())
-    theirs = leaves(*ours)
-    loss = contrastive_loss(*ours, tile_bytes=tile_rows * num_rows * 8).loss
-    expected = naive(*theirs)
-    (3 * loss).backward()
-    (3 * expected).backward()
-    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-10)
+    expected.backward()
+    torch.testing.assert_close(loss, expected, **tolerance)
     for own, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(own.grad, other.grad, rtol=0, atol=1e-10)
+        torch.testing.assert_close(own.grad, other.grad, **tolerance)
+
+
+@pytest.fixture(scope="module")
+def found_on_ranks():
+    return run_on_ranks(on_four_ranks, 4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tolerance"), [("naive", 1e-10), ("uneven", 1e-10), ("gather", 0), ("open_clip", 1e-5)]
+)
+def test_mean_over_ranks_is_the_whole_batch(found_on_ranks, kind, tolerance):
+    errors = [each for of_rank in found_on_ranks for each in of_rank[kind]]
+    assert errors
+    assert [each for each in errors if not each[1] <= tolerance] == []
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    num_rows=st.integers(1, NUM_ROWS),
+    name=st.sampled_from(sorted(CONFIGS)),
+    tile_bytes=st.integers(1, 20_000),
+    scale=st.floats(0.5, 100),
+    factor=st.floats(0.1, 10),
+)
+def test_alone_it_is_the_naive_loss(num_rows, name, tile_bytes, scale, factor):
+    config = dataclasses.replace(CONFIGS[name], tile_bytes=tile_bytes)
+    ours = leaves(unit_rows(1, num_rows), unit_rows(2, num_rows), *torch.tensor([[scale], [-3.0]]).double())
+    theirs = leaves(*ours)
+    sigmoid = config.name == "sigmoid"
+    ids = recording_ids(RECORDINGS[:num_rows])
+    told = Teachers(*(side[:num_rows] for side in teachers()))
+    loss = contrastive_loss(*ours[:3], config, bias=ours[3] if sigmoid else None, recording_n=ids, teachers=told).loss
+    told_apart = [(a[:num_rows], b[:num_rows]) for a, b in raw_teachers()]
+    expected = naive_loss(config, *theirs, RECORDINGS[:num_rows], told_apart)
+    used = 4 if sigmoid else 3
+    assert_same(ours[:used], theirs[:used], factor * loss, factor * expected, rtol=0, atol=1e-10)
 
 
 def test_it_is_open_clips_loss_in_float32():
     ours = leaves(unit_rows(1).float(), unit_rows(2).float(), torch.tensor([14.3]))
     theirs = leaves(*ours)
-    loss = contrastive_loss(*ours).loss
-    expected = open_clip.ClipLoss()(theirs[0], theirs[1], theirs[2])
-    loss.backward()
-    expected.backward()
-    torch.testing.assert_close(loss, expected)
+    assert_same(ours, theirs, contrastive_loss(*ours).loss, open_clip.ClipLoss()(*theirs))
+
+
+def test_one_direction_is_an_independent_nt_xent_in_float32():
+    metric = pytest.importorskip("pytorch_metric_learning.losses", reason="pip install pytorch-metric-learning")
+    ids = recording_ids(RECORDINGS)
+    for form, other in (("left_out", metric.NTXentLoss(1 / 14.3)), ("mean_a_row", metric.SupConLoss(1 / 14.3))):
+        ours = leaves(rows(1).float(), rows(2).float())
+        theirs = leaves(*ours)
+        config = LossConfig(
+            pair_weight=0, recording_weight=1, recording_form=form, direction="first_to_second", tile_bytes=1000
+        )
+        unit = [functional.normalize(side, dim=1) for side in ours]  # as the other one does inside
+        loss = contrastive_loss(*unit, torch.tensor([14.3]), config, recording_n=ids).loss
+        pairs = None
+        if form == "left_out":  # own pairs attract, clips of other recordings repel
+            own = torch.arange(NUM_ROWS)
+            pairs = (own, own, *torch.where(ids[:, None] != ids))
+        labels = ids.unique(return_inverse=True)[1]
+        # Given the very same labels twice, it takes the two sides for one and leaves the own pairs out.
+        expected = other(theirs[0], labels, indices_tuple=pairs, ref_emb=theirs[1], ref_labels=labels.clone())
+        assert_same(ours, theirs, loss, expected)
+
+
+def test_matmuls_in_bfloat16_keep_sums_in_float32():
+    a, t, scale = unit_rows(1).float(), unit_rows(2).float(), torch.tensor([20.0])
+    rounded = [(scale * a).bfloat16().double(), t.bfloat16().double()]
+    loss = contrastive_loss(a, t, scale, matmul_dtype=torch.bfloat16).loss
+    exact = naive_loss(LossConfig(), *rounded, torch.ones(1).double())
+    assert abs(loss - exact) < 1e-5
+    assert abs(loss - contrastive_loss(a, t, scale).loss) > 1e-5
+    ours, theirs = leaves(a, t, scale), leaves(a, t, scale)
+    contrastive_loss(*ours, matmul_dtype=torch.bfloat16).loss.backward()
+    contrastive_loss(*theirs).loss.backward()
     for own, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(own.grad, other.grad)
+        assert (own.grad - other.grad).norm() < 0.02 * other.grad.norm()
 
 
-def test_own_rank_counts_what_scores_above_the_pair():
-    t = torch.eye(3)
-    a = functional.normalize(torch.tensor([[1.0, 0, 0], [0.9, 0.5, 0], [0.9, 0.8, 0.1]]), dim=1)
-    assert contrastive_loss(a, t, torch.ones(1)).own_rank_n.tolist() == [0, 1, 2]
+class _Largest(TorchDispatchMode):
+    """Entries of the largest tensor that any operation makes."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        self.entries = max(
+            [
+                self.entries,
+                *(one.numel() for one in torch.utils._pytree.tree_leaves(made) if isinstance(one, torch.Tensor)),
+            ]
+        )
+        return made
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_no_tensor_is_the_batch_squared(name):
+    num_rows, tile_bytes = 1000, 400_000
+    config = dataclasses.replace(CONFIGS[name], tile_bytes=tile_bytes)
+    sides = [functional.normalize(rows(seed, num_rows), dim=1) for seed in range(4)]
+    bias = torch.zeros(1).double() if config.name == "sigmoid" else None
+    ids = torch.arange(num_rows) // 3
+    with _Largest() as largest:
+        told = Teachers(sides[2], sides[3])
+        contrastive_loss(*sides[:2], torch.ones(1).double(), config, bias=bias, recording_n=ids, teachers=told)
+    # All buffers of a tile are one tensor.
+    assert num_rows < largest.entries <= tile_bytes // 8
+
+
+def test_figures_of_the_batch():
+    config = LossConfig(recording_weight=1.0, teacher_weight=2.0)
+    a, t = unit_rows(1), unit_rows(2)
+    output = contrastive_loss(
+        a, t, torch.tensor([5.0]).double(), config, recording_n=recording_ids(RECORDINGS), teachers=teachers()
+    )
+    figures = {name: value.item() for name, value in output.figures.items()}
+    cosine = torch.stack([functional.normalize(x, dim=1) @ functional.normalize(y, dim=1).T for x, y in raw_teachers()])
+    target, scores = cosine.mean(dim=0) / config.teacher_temperature, 5.0 * a @ t.T
+    both_ways = [(target.log_softmax(1), scores.log_softmax(1)), (target.T.log_softmax(1), scores.T.log_softmax(1))]
+    entropy = sum(-(p.exp() * p).sum(1).mean() for p, _ in both_ways) / 2
+    divergence = sum(functional.kl_div(q, p, log_target=True, reduction="batchmean") for p, q in both_ways) / 2
+    assert figures["teacher_entropy"] == pytest.approx(entropy.item())
+    assert figures["teacher_kl"] == pytest.approx(divergence.item())
+    assert figures["positives_a_row"] == pytest.approx(sum(RECORDINGS.count(name) for name in RECORDINGS) / NUM_ROWS)
+    assert figures["recall_at_1"] == pytest.approx((scores.argmax(1) == torch.arange(NUM_ROWS)).double().mean().item())
+    assert output.loss.item() == pytest.approx(
+        figures["pair_loss"] + figures["recording_loss"] + 2 * figures["teacher_loss"]
+    )
+
+
+def test_recordings_have_the_same_number_in_every_process():
+    script = f"from audiotext_dist.losses.targets import recording_ids as i; print(i({RECORDINGS}).tolist())"
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", script], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
+        )
+        for seed in ("1", "2")
+    ]
+    assert [one.stdout.decode().strip() for one in said] == [str(recording_ids(RECORDINGS).tolist())] * 2
+    assert len(set(recording_ids(RECORDINGS).tolist())) == len(set(RECORDINGS))
+
+
+def test_teachers_joined_have_the_mean_cosine_as_product():
+    (a, t), expected = teachers(), 0
+    for x, y in raw_teachers():
+        expected = expected + functional.cosine_similarity(x[:, None], y[None], dim=2) / 2
+    torch.testing.assert_close(a @ t.T, expected)
 
 
 def test_high_scores_do_not_overflow():
@@ -92,3 +194,23 @@ def test_high_scores_do_not_overflow():
     loss.backward()
     assert loss.isfinite()
     assert a.grad.isfinite().all()
+
+
+def test_a_batch_of_masked_rows_says_nothing():
+    a, t = leaves(unit_rows(1), unit_rows(2))
+    for config in CONFIGS.values():
+        bias = torch.zeros(1).double() if config.name == "sigmoid" else None
+        output = contrastive_loss(
+            a,
+            t,
+            torch.ones(1).double(),
+            config,
+            bias=bias,
+            recording_n=recording_ids(RECORDINGS),
+            teachers=teachers(),
+            is_valid_n=torch.zeros(NUM_ROWS, dtype=torch.bool),
+        )
+        output.loss.backward()
+        assert output.loss == 0
+    assert a.grad.shape == (NUM_ROWS, DIM)
+    assert not a.grad.any()

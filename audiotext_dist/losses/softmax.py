@@ -1,0 +1,140 @@
+"""Cross-entropy between targets and the softmax of the scores, over rows and over columns, in one block a rank.
+
+Shapes: n rows of this rank, N rows of all ranks, c rows of a tile.
+
+1. Walk the block in tiles. A row's logsumexp is local; the columns' are joined over the ranks by a maximum and
+   a sum of N floats. The teachers' scores get the same treatment, in the same tiles.
+2. Walk it again for the gradient G with respect to the scores: the softmax over rows and that over columns, each
+   times what its row or column counts, minus the targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from audiotext_dist.losses.block import Block, BlockLoss
+from audiotext_dist.losses.config import LossConfig
+from audiotext_dist.losses.gather import RowLayout, logsumexp_over_ranks
+from audiotext_dist.losses.targets import TEACHER, TEACHER_ENTROPY, Targets
+
+
+def softmax_loss(block: Block, targets: Targets, teachers: Block | None, config: LossConfig) -> BlockLoss:
+    """The loss and its gradients; every collective is in here.
+
+    teachers: the block of their scores, mean cosine / temperature, on the same rows.
+    """
+    walk = _Walk(block, targets, teachers, config)
+    recall_at_1 = walk.sum_up()
+    return BlockLoss(terms=walk.make_gradients(), recall_at_1=recall_at_1)
+
+
+class _Softmax:
+    """The softmax over each row of a block and, over all ranks, over each column, once every tile was added.
+
+    mass_N: what row or column i counts in the loss. direction_weights: of the rows and of the columns.
+    """
+
+    def __init__(self, layout: RowLayout, mass_N: torch.Tensor, direction_weights: tuple[float, float]) -> None:
+        self._layout, self._mass_N, self._direction_weights = layout, mass_N, direction_weights
+        self._row_n = torch.empty_like(mass_N[layout.own])
+        self._column_N = torch.full_like(mass_N, -torch.inf)
+
+    def add(self, tile: slice, s_cN: torch.Tensor, free_cN: torch.Tensor) -> None:
+        """Take a tile in, overwriting free_cN."""
+        lowest = torch.finfo(s_cN.dtype).min  # of a column that is left out of every row, whose sum is 0
+        max_c, max_N = s_cN.amax(dim=1), s_cN.amax(dim=0).clamp_(min=lowest)
+        self._row_n[tile] = torch.sub(s_cN, max_c[:, None], out=free_cN).exp_().sum(dim=1).log_() + max_c
+        column_N = torch.sub(s_cN, max_N, out=free_cN).exp_().sum(dim=0).log_() + max_N
+        self._column_N = torch.logaddexp(self._column_N, column_N)
+
+    def join(self) -> None:
+        """Join the columns over the ranks: after the last tile."""
+        self._column_N = logsumexp_over_ranks(self._column_N, self._layout)
+
+    def log_sums(self, mass_N: torch.Tensor) -> torch.Tensor:
+        """The logsumexps of this rank's rows and columns, each by what it counts, summed."""
+        row_weight, column_weight = self._direction_weights
+        own = self._layout.own
+        return torch.dot(mass_N[own], row_weight * self._row_n + column_weight * self._column_N[own])
+
+    def weighted(self, tile: slice, s_cN: torch.Tensor, free_cN: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Softmax times what its row counts, then the same of the columns, each in free_cN."""
+        row_weight, column_weight = self._direction_weights
+        if row_weight:
+            shift_c = self._row_n[tile] - (row_weight * self._mass_N[self._layout.own][tile]).log()
+            yield torch.sub(s_cN, shift_c[:, None], out=free_cN).exp_()
+        if column_weight:
+            yield torch.sub(s_cN, self._column_N - (column_weight * self._mass_N).log(), out=free_cN).exp_()
+
+
+class _Walk:
+    def __init__(self, block: Block, targets: Targets, teachers: Block | None, config: LossConfig) -> None:
+        self._block, self._targets, self._teachers, self._config = block, targets, teachers, config
+        layout, weights = targets.layout, config.direction_weights
+        self._one_N = torch.full_like(targets.count_N, layout.row_share)
+        self._softmaxes = {}
+        for leaves_out in (False, True):
+            masses = [term.weight * term.mass_N for term in targets.terms if term.leaves_out == leaves_out]
+            if teachers is not None and not leaves_out:
+                masses.append(config.teacher_weight * self._one_N)
+            if masses:
+                self._softmaxes[leaves_out] = _Softmax(layout, torch.stack(masses).sum(dim=0), weights)
+        self._teacher_softmax = _Softmax(layout, self._one_N, weights)
+
+    def sum_up(self) -> torch.Tensor:
+        """The first walk; the share of rows whose own pair scores highest."""
+        num_found = self._one_N.new_zeros(())
+        for tile, (s_cN, free_cN) in self._tiles(2):
+            self._block.scores(tile, s_cN)
+            num_found += (self._targets.own_pairs(s_cN, tile) >= s_cN.amax(dim=1)).sum()
+            for softmax in self._softmaxes_of(tile, s_cN):
+                softmax.add(tile, s_cN, free_cN)
+            if self._teachers is not None:
+                self._teacher_softmax.add(tile, self._teachers.scores(tile, s_cN), free_cN)
+        for softmax in self._softmaxes.values():
+            softmax.join()
+        if self._teachers is not None:
+            self._teacher_softmax.join()
+        return num_found * self._targets.layout.row_share
+
+    def make_gradients(self) -> dict[str, torch.Tensor]:
+        """The second walk; what each term comes to."""
+        terms = self._targets.terms
+        values = {term.name: self._softmaxes[term.leaves_out].log_sums(term.mass_N) for term in terms}
+        if self._teachers is not None:
+            values[TEACHER] = self._softmaxes[False].log_sums(self._one_N)
+            values[TEACHER_ENTROPY] = self._teacher_softmax.log_sums(self._one_N)
+        self._block.start_gradients()
+        for tile, (s_cN, g_cN, free_cN, *z_cN) in self._tiles(3 if self._teachers is None else 4):
+            self._block.scores(tile, s_cN)
+            g_cN.zero_()
+            for term in terms:
+                values[term.name] -= self._targets.subtract(term, tile, s_cN, g_cN, free_cN)
+            if self._teachers is not None:
+                self._teachers.scores(tile, z_cN[0])
+                for target_cN in self._teacher_softmax.weighted(tile, z_cN[0], free_cN):
+                    values[TEACHER] -= _dot(target_cN, s_cN)
+                    values[TEACHER_ENTROPY] -= _dot(target_cN, z_cN[0])
+                    g_cN.sub_(target_cN, alpha=self._config.teacher_weight)
+            for softmax in self._softmaxes_of(tile, s_cN):
+                for weighted_cN in softmax.weighted(tile, s_cN, free_cN):
+                    g_cN += weighted_cN
+            self._block.add_gradient(tile, g_cN)
+        return values
+
+    def _tiles(self, num_buffers: int) -> Iterator[tuple[slice, list[torch.Tensor]]]:
+        return self._block.tiles(self._config.tile_bytes, num_buffers, self._targets.mask_bytes)
+
+    def _softmaxes_of(self, tile: slice, s_cN: torch.Tensor) -> Iterator[_Softmax]:
+        """Each softmax in turn, the scores being those that it runs over."""
+        for leaves_out, softmax in self._softmaxes.items():
+            if leaves_out:
+                s_cN.masked_fill_(self._targets.others(tile), -torch.inf)
+            yield softmax
+
+
+def _dot(left_cN: torch.Tensor, right_cN: torch.Tensor) -> torch.Tensor:
+    # Row by row: one sum over a whole tile would lose digits.
+    return torch.bmm(left_cN[:, None], right_cN[:, :, None]).sum()

@@ -1,0 +1,54 @@
+"""What the losses must equal: the whole batch in one process, its full square of scores, plain autograd."""
+
+import torch
+from torch.nn import functional
+
+from audiotext_dist.losses.config import LossConfig
+
+
+def naive_loss(config: LossConfig, a, t, scale, bias=None, recording=None, teachers=None) -> torch.Tensor:
+    """Row i of a with row i of t; recording: list; teachers: pairs of embeddings, one a teacher."""
+    logits = scale * a @ t.T
+    own = torch.eye(len(a), dtype=torch.bool)
+    same = own if recording is None else torch.tensor([[one == other for other in recording] for one in recording])
+    if config.name == "sigmoid":
+        return _sigmoid(config, logits + bias, own, same)
+    loss = torch.zeros((), dtype=a.dtype)
+    row_weight, column_weight = {"both": (0.5, 0.5), "first_to_second": (1, 0), "second_to_first": (0, 1)}[
+        config.direction
+    ]
+    for weight, scores, transposed in ((row_weight, logits, False), (column_weight, logits.T, True)):
+        if config.pair_weight:
+            loss = loss - weight * config.pair_weight * scores.log_softmax(1).diagonal().mean()
+        if config.recording_weight:
+            loss = loss - weight * config.recording_weight * _recording(config, scores, own, same)
+        if config.teacher_weight:
+            cosine = torch.stack(
+                [functional.normalize(a_, dim=1) @ functional.normalize(t_, dim=1).T for a_, t_ in teachers]
+            ).mean(dim=0)
+            target = ((cosine.T if transposed else cosine) / config.teacher_temperature).softmax(1)
+            loss = loss + weight * config.teacher_weight * functional.cross_entropy(scores, target)
+    return loss
+
+
+def _recording(config, scores, own, same):
+    match config.recording_form:
+        case "mean_over_pairs":
+            return scores.log_softmax(1)[same].mean()
+        case "mean_a_row":
+            return torch.stack([row[mask].mean() for row, mask in zip(scores.log_softmax(1), same, strict=True)]).mean()
+        case "left_out":
+            return scores.masked_fill(same & ~own, -torch.inf).log_softmax(1).diagonal().mean()
+
+
+def _sigmoid(config, logits, own, same):
+    def term(positive, asked):
+        signs = torch.where(positive, 1.0, -1.0)
+        return -(functional.logsigmoid(signs * logits) * asked).sum() / len(logits)
+
+    loss = config.pair_weight * term(own, torch.ones_like(logits))
+    if config.recording_weight and config.recording_form == "left_out":
+        loss = loss + config.recording_weight * term(own, ~(same & ~own))
+    elif config.recording_weight:
+        loss = loss + config.recording_weight * term(same, torch.ones_like(logits))
+    return loss
