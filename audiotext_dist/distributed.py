@@ -87,19 +87,26 @@ def sums_over_ranks(values: Sequence[int], device: torch.device) -> list[int]:
     return sums
 
 
+def any_over_ranks(flag: bool) -> bool:
+    """Whether the flag is set on any rank; agreed over the CPU, so no device has to finish its work first."""
+    if not is_parallel():
+        return flag
+    one = torch.tensor([flag], dtype=torch.int64)
+    dist.all_reduce(one, op=dist.ReduceOp.MAX, group=_cpu_group())
+    return bool(one.item())
+
+
 def raise_together(error: UserError | None) -> None:
     """Raise on every rank what one of them has met; return where none has.
 
     The ranks agree over the CPU, so no device has to finish its work first.
     """
-    if is_parallel():
-        failed = torch.tensor([error is not None], dtype=torch.int64)
-        dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=_cpu_group())
-        if failed.item():
-            told = gather_items(None if error is None else str(error))
-            raise UserError(next(message for message in told if message is not None))
-    elif error is not None:
-        raise error
+    if not is_parallel():
+        if error is not None:
+            raise error
+    elif any_over_ranks(error is not None):
+        told = gather_items(None if error is None else str(error))
+        raise UserError(next(message for message in told if message is not None))
 
 
 @lru_cache(maxsize=1)

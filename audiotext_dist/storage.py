@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import os
 import re
+import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -302,6 +303,20 @@ def claimed(path: str, wait: bool = False) -> Iterator[bool]:
         # Jobs that already wait for this file see that it is gone and make another.
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
+
+
+def copy(source: str, target: str) -> None:
+    """Copy one file between any two places, block by block; the folder of a local target must be there.
+
+    Raises:
+        FileNotFoundError: the source is not there.
+    """
+    with (
+        refusals_named("copy", public_name(source)),
+        fsspec.open(source, "rb") as reading,
+        fsspec.open(target, "wb") as writing,
+    ):
+        shutil.copyfileobj(reading, writing, BLOCK_BYTES)
 
 
 def remove(path: str, missing_ok: bool = False) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -11,7 +12,8 @@ from audiotext_dist import configuration
 from audiotext_dist.distributed import World
 from audiotext_dist.errors import run_for_people
 from audiotext_dist.evaluation import report
-from audiotext_dist.training.engine import stop_process_group
+from audiotext_dist.training.engine import lost_contact, stop_process_group
+from audiotext_dist.training.heartbeat import EXIT_LOST
 from audiotext_dist.training.loop import train
 from audiotext_dist.training.prepare import prepare
 from audiotext_dist.training.recipe import Recipe, read_recipe
@@ -23,6 +25,9 @@ HELP = """Train a recipe on every process the launcher starts.
 
 A run leaves in its folder (run_dir): recipe.yaml, the resolved recipe; metrics.jsonl; checkpoints/;
 retrieval.json, the last evaluation; loss.png. Go on after a stop with training.resume=auto.
+
+SIGTERM or SIGUSR1 to a rank ends the run with a checkpoint and exit code 75; `python -m launch.run` in the place of
+`deepspeed` passes them on and keeps that code (docs/clusters.md).
 
 Keys and their defaults:
 """
@@ -39,7 +44,19 @@ def main() -> None:
     logging.getLogger("audiotext_dist").setLevel(logging.INFO if world.is_main else logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
     prepared = prepare(read_recipe(words), world)
-    results = train(prepared)
+    try:
+        results = train(prepared)
+    except SystemExit:
+        # Asked to stop: every rank leaves here.
+        stop_process_group()
+        raise
+    except RuntimeError as error:
+        if not lost_contact(error):
+            raise
+        # What went wrong is told by the rank where it did.
+        sys.stderr.write(f"error: rank {world.rank} ends, since another rank has left or does not answer\n")
+        # Not an orderly exit, which would wait for that rank again.
+        os._exit(EXIT_LOST)
     stop_process_group()
     if world.is_main:
         if results:

@@ -98,21 +98,13 @@ def test_two_processes_and_one_in_micro_batches_have_the_same_losses(folder, two
     assert learned(alone)
 
 
-def test_zero_1_has_the_losses_of_zero_0(folder, two_processes):
-    assert losses(pretrain(folder, "zero1", "engine.zero_stage=1")) == pytest.approx(losses(two_processes), rel=1e-4)
-
-
-@pytest.mark.parametrize("zero_stage", [0, 1])
-def test_a_resumed_run_goes_on_as_if_never_stopped(folder, zero_stage):
-    words = [f"engine.zero_stage={zero_stage}", "training.resume=auto"]
-    run = f"resumed{zero_stage}"
-    pretrain(folder, run, *words, "training.max_steps=13", "checkpoint.every_steps=5")
-    whole = losses(folder / ("two" if zero_stage == 0 else "zero1"))
+def test_a_resumed_run_goes_on_as_if_never_stopped(folder, two_processes):
+    run = "resumed"
+    pretrain(folder, run, "training.resume=auto", "training.max_steps=13", "checkpoint.every_steps=5")
     # The newest checkpoint, of step 13, is damaged: the one before it counts, and later lines are cut.
     damaged = folder / run / "checkpoints" / "step-00000013" / "model.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x01")
-    resumed = losses(pretrain(folder, run, *words))
-    assert resumed == whole
+    assert losses(pretrain(folder, run, "training.resume=auto")) == losses(two_processes)
     assert [path.name for path in sorted((folder / run / "checkpoints").glob("step-*"))][-1] == "step-00000020"
 
 

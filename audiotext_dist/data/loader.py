@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -341,7 +342,7 @@ def _made_by_workers(batches: Batches, numbers: range, num_workers: int) -> Iter
         num_workers=num_workers,
         prefetch_factor=PREFETCH_FACTOR,
         multiprocessing_context="fork",  # by which the workers have the rings
-        worker_init_fn=lambda _: keep_freed_memory(),
+        worker_init_fn=_start_worker,
     )
     for item in loader:
         if isinstance(item, UserError):
@@ -354,3 +355,10 @@ def _made_by_workers(batches: Batches, numbers: range, num_workers: int) -> Iter
             waveform_BS=torch.from_numpy(arrays.waveform_BS),
             frames_BLHWC=torch.from_numpy(arrays.frames_BLHWC),
         )
+
+
+def _start_worker(_: int) -> None:
+    keep_freed_memory()
+    # A launcher signals workers as well; a rank that is asked to stop still needs its own until the step's end.
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,13 +1,16 @@
 """Checkpoints: complete or invisible.
 
     run_dir/checkpoints/step-00000100/
-        deepspeed/            model and optimizer as DeepSpeed writes them, a part a rank
         model.safetensors     every weight of the model, readable without DeepSpeed
-        random-00000.safetensors ...    each rank's random state
+        optimizer.safetensors what the optimizer holds of every parameter, whole
         progress.json         step, epoch, batch, world size, W&B run
         recipe.yaml           the resolved recipe
         manifest.json         size and SHA-256 of every file above
     run_dir/checkpoints/latest          the newest one's name, moved last; for people and scripts
+    run_dir/checkpoints/best.json       the best one's name and metric (saving.py)
+
+Nothing in it depends on the number of processes or the ZeRO stage, so a run goes on under others. Random numbers
+are drawn from the seed, the step and the rank, so they need no file.
 
 A checkpoint is written as ``.step-...partial``, given its manifest, and only then renamed. Loading goes
 through the checkpoints from the newest, and takes the first that every rank finds whole; damaged newer ones
@@ -17,8 +20,9 @@ are removed by the run that goes on from it.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -27,36 +31,27 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from audiotext_dist import storage
-from audiotext_dist.distributed import World, barrier, from_main, gather_items
-from audiotext_dist.errors import UserError, require_positive
+from audiotext_dist.distributed import World, from_main, gather_items
+from audiotext_dist.errors import UserError
 from audiotext_dist.training.engine import Engine
+from audiotext_dist.training.health import Health
 
 CHECKPOINTS = "checkpoints"
 MODEL_FILE = "model.safetensors"
+_OPTIMIZER_FILE = "optimizer.safetensors"
 RECIPE_FILE = "recipe.yaml"
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
 _PROGRESS = "progress.json"
 _POINTER = "latest"
-_DEEPSPEED_TAG = "deepspeed"
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """When checkpoints are written, and how many stay."""
-
-    every_epochs: int = 1
-    every_steps: int | None = None
-    keep_last: int = 2
-
-    def __post_init__(self) -> None:
-        require_positive(self, "checkpoint", "every_epochs", "every_steps", "keep_last")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a run stands: ``step`` updates done; the next batch is number ``batch`` of ``epoch``.
+    """Where a run stands: ``step`` batches done; the next batch is number ``batch`` of ``epoch``.
 
-    The other numbers fix what those three mean: a run goes on only where they are the same.
+    seed, global_batch_size, steps_an_epoch, optimizer: what fixes the meaning of those three; a run goes on only
+    where they are the same. world_size: of the processes that wrote this; others may go on.
     """
 
     step: int
@@ -67,18 +62,16 @@ class Progress:
     steps_an_epoch: int
     world_size: int
     optimizer: str
-    zero_stage: int
     wandb_id: str | None = None
+    health: Health = field(default_factory=Health)
 
     def check_fits(self, other: Progress, where: str) -> None:
-        """Raise ``UserError`` unless the other run reads the same batches on as many processes."""
+        """Raise ``UserError`` unless the other run reads the same batches, and updates in the same way."""
         for key, what in (
             ("seed", "training.seed"),
             ("global_batch_size", "training.global_batch_size"),
             ("steps_an_epoch", "the number of batches an epoch (its data sets and weights)"),
-            ("world_size", "the number of processes"),
             ("optimizer", "optim.name"),
-            ("zero_stage", "engine.zero_stage"),
         ):
             before, now = getattr(self, key), getattr(other, key)
             if before != now:
@@ -93,33 +86,60 @@ def save(
     world: World,
     *,
     recipe_yaml: str,
-    keep_last: int,
-) -> None:
-    """Write a checkpoint; every rank calls it, and returns when it is complete."""
-    folder = run_dir / CHECKPOINTS
-    name = f"step-{progress.step:08d}"
-    partial = folder / f".{name}.partial"
-    if world.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    barrier()
-    engine.save(partial, _DEEPSPEED_TAG)
-    save_file(_random_state(world), partial / _random_file(world.rank))
+) -> Path | None:
+    """Write a checkpoint; every rank calls it, and returns when it is complete.
+
+    None where the disk refused it, which a warning tells: nothing of it is left, and earlier ones are as they were.
+    """
+    optimizer_state = engine.optimizer_state(on_this_rank=world.is_main)
+    saved: Path | None = None
     if world.is_main:
         weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-        save_file(weights, partial / MODEL_FILE)
-        make_readable(partial / MODEL_FILE)
-        storage.write_bytes(str(partial / _PROGRESS), json.dumps(asdict(progress)).encode())
-        storage.write_bytes(str(partial / RECIPE_FILE), recipe_yaml.encode())
-    barrier()
-    if world.is_main:
-        storage.write_bytes(str(partial / _MANIFEST), json.dumps(_describe_files(partial), indent=1).encode())
-        shutil.rmtree(folder / name, ignore_errors=True)
-        partial.rename(folder / name)
-        storage.write_bytes(str(folder / _POINTER), name.encode())
-        for old in _complete_checkpoints(run_dir)[keep_last:]:
-            shutil.rmtree(old)
-    barrier()
+        partial = run_dir / CHECKPOINTS / f".{name_of(progress.step)}.partial"
+        try:
+            _write(partial, weights, optimizer_state, progress, recipe_yaml)
+            saved = _give_name(partial, run_dir)
+        except (OSError, UserError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            _log.warning(
+                "no checkpoint of step %d (%s): the run goes on, make room in %s", progress.step, error, run_dir
+            )
+    return from_main(saved)
+
+
+def _write(
+    partial: Path,
+    weights: dict[str, torch.Tensor],
+    optimizer_state: dict[str, torch.Tensor],
+    progress: Progress,
+    recipe_yaml: str,
+) -> None:
+    """All files of a checkpoint, the manifest of what the disk then holds last."""
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for file, tensors in ((MODEL_FILE, weights), (_OPTIMIZER_FILE, optimizer_state)):
+        save_file(tensors, partial / file)
+        make_readable(partial / file)
+    storage.write_bytes(str(partial / _PROGRESS), json.dumps(asdict(progress)).encode())
+    storage.write_bytes(str(partial / RECIPE_FILE), recipe_yaml.encode())
+    storage.write_bytes(str(partial / MANIFEST), json.dumps(_describe_files(partial), indent=1).encode())
+
+
+def _give_name(partial: Path, run_dir: Path) -> Path:
+    """From here on the checkpoint is to be seen."""
+    named = partial.with_name(partial.name.removeprefix(".").removesuffix(".partial"))
+    shutil.rmtree(named, ignore_errors=True)
+    partial.rename(named)
+    try:
+        storage.write_bytes(str(run_dir / CHECKPOINTS / _POINTER), named.name.encode())
+    except UserError:
+        _log.warning("the disk is full: %s is whole, but %s does not name it", named, _POINTER)
+    return named
+
+
+def name_of(step: int) -> str:
+    """The folder's name of a step's checkpoint; names sort as steps do."""
+    return f"step-{step:08d}"
 
 
 def find_newest_whole(run_dir: Path, world: World) -> Path | None:
@@ -127,28 +147,25 @@ def find_newest_whole(run_dir: Path, world: World) -> Path | None:
 
     Each rank checks the digests of its share of the files.
     """
-    for candidate in from_main(_complete_checkpoints(run_dir) if world.is_main else None):
+    for candidate in from_main(named_checkpoints(run_dir) if world.is_main else None):
         if all(gather_items(_is_whole(candidate, world))):
             return candidate
     return None
 
 
-def load(engine: Engine, checkpoint: Path, start: Progress, world: World) -> Progress:
-    """Bring the engine and this rank's random state to where the checkpoint stands.
+def load(engine: Engine, model: nn.Module, checkpoint: Path, start: Progress) -> Progress:
+    """Bring model and optimizer to where the checkpoint stands; every rank calls it. Rates stay the recipe's own.
 
     Args:
         start: what this run would start with.
 
     Raises:
-        UserError: the checkpoint is of a run with other batches, processes or towers.
+        UserError: the checkpoint is of a run with other batches or towers.
     """
     progress = read_progress(checkpoint)
     progress.check_fits(start, str(checkpoint))
-    engine.load(checkpoint, _DEEPSPEED_TAG)
-    random = load_file(checkpoint / _random_file(world.rank))
-    torch.set_rng_state(random["cpu"])
-    if "cuda" in random:
-        torch.cuda.set_rng_state(random["cuda"])
+    _load_strictly(model, load_file(checkpoint / MODEL_FILE), str(checkpoint))
+    engine.load_optimizer_state(load_file(checkpoint / _OPTIMIZER_FILE))
     return progress
 
 
@@ -161,7 +178,7 @@ def remove_newer(checkpoint: Path) -> None:
 
 def newest_whole(run_dir: Path) -> Path | None:
     """The newest checkpoint that this process finds whole, or None."""
-    return next((found for found in _complete_checkpoints(run_dir) if _is_whole(found, World())), None)
+    return next((found for found in named_checkpoints(run_dir) if _is_whole(found, World())), None)
 
 
 def make_readable(weights_file: Path) -> None:
@@ -172,8 +189,10 @@ def make_readable(weights_file: Path) -> None:
 def read_progress(checkpoint: Path) -> Progress:
     """Where the checkpoint's run stood."""
     try:
-        return Progress(**json.loads((checkpoint / _PROGRESS).read_text()))
-    except (TypeError, ValueError):
+        found = json.loads((checkpoint / _PROGRESS).read_text())
+        health = found.pop("health")
+        return Progress(**found, health=Health(**{**health, "recent_losses": tuple(health["recent_losses"])}))
+    except (TypeError, ValueError, KeyError, AttributeError):
         raise UserError(f"{checkpoint} is of another version of this program: start under a new run_dir") from None
 
 
@@ -218,7 +237,7 @@ def read_weights(source: str) -> dict[str, torch.Tensor]:
 
 def has_checkpoints(run_dir: Path) -> bool:
     """True when the run folder holds a checkpoint, whole or not."""
-    return bool(_complete_checkpoints(run_dir))
+    return bool(named_checkpoints(run_dir))
 
 
 def _load_strictly(module: nn.Module, weights: dict[str, torch.Tensor], what: str) -> None:
@@ -231,20 +250,9 @@ def _load_strictly(module: nn.Module, weights: dict[str, torch.Tensor], what: st
         ) from None
 
 
-def _complete_checkpoints(run_dir: Path) -> list[Path]:
-    """The named checkpoints, newest first."""
+def named_checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoints that have their name, whole or damaged since, newest first."""
     return sorted((run_dir / CHECKPOINTS).glob("step-*"), reverse=True)
-
-
-def _random_file(rank: int) -> str:
-    return f"random-{rank:05d}.safetensors"
-
-
-def _random_state(world: World) -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if world.device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
 
 
 def _describe_files(folder: Path) -> dict[str, dict[str, str | int]]:
@@ -257,7 +265,7 @@ def _describe_files(folder: Path) -> dict[str, dict[str, str | int]]:
 
 def _is_whole(checkpoint: Path, world: World) -> bool:
     try:
-        manifest = json.loads((checkpoint / _MANIFEST).read_text())
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
         for number, (name, expected) in enumerate(sorted(manifest.items())):
             path = checkpoint / name
             if path.stat().st_size != expected["bytes"]:

@@ -6,28 +6,35 @@ learning rate, update, log, checkpoint, evaluate.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
+import math
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import torch
+from torch import nn
 from tqdm import tqdm
 
 from audiotext_dist import configuration, storage
 from audiotext_dist.data.bad_samples import BadSampleCount
-from audiotext_dist.data.cache import ReadCounts
 from audiotext_dist.data.loader import Batch, TrainingBatches, in_step, iterate
-from audiotext_dist.distributed import World, barrier, min_and_max_over_ranks, sums_over_ranks
+from audiotext_dist.distributed import World, any_over_ranks, barrier, gather_items
+from audiotext_dist.errors import UserError
 from audiotext_dist.evaluation import report
 from audiotext_dist.evaluation.retrieval import RetrievalResult, evaluate_set
 from audiotext_dist.training import checkpoint
 from audiotext_dist.training.checkpoint import Progress
 from audiotext_dist.training.engine import Engine, start_process_group
-from audiotext_dist.training.optim import build_optimizer, schedule, set_learning_rates
+from audiotext_dist.training.health import HealthWatch
+from audiotext_dist.training.heartbeat import Heartbeat
+from audiotext_dist.training.meter import Meter
+from audiotext_dist.training.optim import build_optimizer, named_learning_rates, schedule, set_learning_rates
+from audiotext_dist.training.preemption import EXIT_PREEMPTED, StopRequest
 from audiotext_dist.training.prepare import Prepared
+from audiotext_dist.training.saving import Saver, fetch
 from audiotext_dist.training.step import StepResult, check_finite_weights, train_step
 from audiotext_dist.training.tracker import Tracker, read_metrics
 
@@ -35,22 +42,38 @@ _log = logging.getLogger(__name__)
 
 
 def train(prepared: Prepared) -> list[RetrievalResult]:
-    """Train to the end; the last evaluation's results."""
+    """Train to the end; the last evaluation's results.
+
+    Raises:
+        SystemExit: with ``EXIT_PREEMPTED``, where any rank was asked to stop; a checkpoint is written.
+    """
+    stop = StopRequest()
+    timeout_seconds = prepared.recipe.engine.collective_timeout_seconds
+    start_process_group(prepared.world, timeout_seconds)
+    heartbeat = Heartbeat(prepared.world, timeout_seconds)
+    try:
+        results = _train(prepared, stop)
+    except BaseException as error:
+        # SystemExit is agreed by all.
+        heartbeat.stop(together=isinstance(error, SystemExit))
+        raise
+    heartbeat.stop(together=True)
+    return results
+
+
+def _train(prepared: Prepared, stop: StopRequest) -> list[RetrievalResult]:
     recipe, world = prepared.recipe, prepared.world
     run_dir = Path(recipe.run_dir)
-    start_process_group(world)
     model = prepared.model.to(world.device)
     engine = Engine(
         model,
         build_optimizer(model, recipe.optim, global_batch_size=recipe.training.global_batch_size),
-        recipe.engine,
-        micro_batch_size=recipe.training.global_batch_size // world.size // recipe.num_micro_batches(world.size),
-        num_micro_batches=recipe.num_micro_batches(world.size),
-        gradient_clipping=recipe.optim.gradient_clipping,
+        prepared.deepspeed_config(),
     )
     progress = prepared.start()
     if recipe.training.resume == "auto":
-        progress = _resume(engine, run_dir, progress, world)
+        fetch(recipe.checkpoint, run_dir, world)
+        progress = _resume(engine, model, run_dir, progress, world)
     # Only now is it sure that the folder's earlier run, if any, goes on as this recipe says.
     if world.is_main:
         storage.write_bytes(str(run_dir / checkpoint.RECIPE_FILE), configuration.to_yaml(recipe).encode())
@@ -63,29 +86,33 @@ def train(prepared: Prepared) -> list[RetrievalResult]:
         wandb_id=progress.wandb_id,
         is_main=world.is_main,
     )
-    results = _Run(prepared, engine, tracker, progress).to_the_end()
+    results = _Run(prepared, engine, tracker, progress, stop).to_the_end()
     if world.is_main:
         report.draw_loss(read_metrics(run_dir), run_dir)
         tracker.close()
     return results
 
 
-def _resume(engine: Engine, run_dir: Path, start: Progress, world: World) -> Progress:
+def _resume(engine: Engine, model: nn.Module, run_dir: Path, start: Progress, world: World) -> Progress:
     newest = checkpoint.find_newest_whole(run_dir, world)
     if newest is None:
         return start
-    progress = checkpoint.load(engine, newest, start, world)
+    progress = checkpoint.load(engine, model, newest, start)
     if world.is_main:
         checkpoint.remove_newer(newest)
         _log.info("resumed from %s: step %d, epoch %d", newest, progress.step, progress.epoch + 1)
+        if progress.world_size != world.size:
+            _log.info("%d processes go on where %d stopped", world.size, progress.world_size)
     return progress
 
 
 class _Run:
     """The epochs of one run, and where it stands in them."""
 
-    def __init__(self, prepared: Prepared, engine: Engine, tracker: Tracker, progress: Progress) -> None:
-        self._prepared, self._engine, self._tracker = prepared, engine, tracker
+    def __init__(
+        self, prepared: Prepared, engine: Engine, tracker: Tracker, progress: Progress, stop: StopRequest
+    ) -> None:
+        self._prepared, self._engine, self._tracker, self._stop = prepared, engine, tracker, stop
         self._recipe, self._world = prepared.recipe, prepared.world
         self._start, self._steps_an_epoch = progress, progress.steps_an_epoch
         self._num_steps = self._steps_an_epoch * self._recipe.training.num_epochs
@@ -93,6 +120,21 @@ class _Run:
         self._step = self._saved_step = progress.step
         self._evaluated_step, self._results = -1, list[RetrievalResult]()
         self._bad_samples = BadSampleCount(self._recipe.data.max_bad_share, self._world)
+        self._saver = Saver(
+            self._recipe.checkpoint,
+            engine,
+            prepared.model,
+            Path(self._recipe.run_dir),
+            self._world,
+            configuration.to_yaml(self._recipe),
+        )
+        self._health = HealthWatch(
+            progress.health,
+            spike_ratio=self._recipe.training.spike_ratio,
+            skip_spikes=self._recipe.training.skip_spikes,
+            max_sick_in_a_row=self._recipe.training.max_sick_steps_in_a_row,
+            run_dir=Path(self._recipe.run_dir),
+        )
 
     def to_the_end(self) -> list[RetrievalResult]:
         """Every step that is left, then the last checkpoint and evaluation."""
@@ -104,29 +146,56 @@ class _Run:
             dynamic_ncols=True,
             disable=not (self._world.is_main and sys.stderr.isatty()),
         ) as bar:
-            meter = _Meter(self._world, recipe.training.global_batch_size)
+            meter = Meter(self._world, recipe.training.global_batch_size)
             self._engine.train()
             for batch in in_step(meter.waiting_for(self._batches())):
-                share = schedule(
-                    self._step,
-                    warmup_steps=round(recipe.optim.warmup_epochs * self._steps_an_epoch),
-                    num_steps=self._num_steps,
-                    final_share=recipe.optim.final_lr_share,
+                self._set_learning_rates()
+                self._seed_step()
+                result = train_step(
+                    self._engine, model, batch, self._health, recipe.loss, recipe.training.autocast_dtype
                 )
-                set_learning_rates(self._engine.param_groups, share)
-                result = train_step(self._engine, model, batch, self._step, recipe.loss, recipe.training.autocast_dtype)
                 self._step += 1
+                self._health.note(self._step, result.loss, result.sickness, batch.keys, self._world)
                 self._bad_samples.add(len(batch.keys), batch.bad_samples)
                 if self._step % recipe.tracker.every_steps == 0 or self._step == self._last_step:
                     self._log_step(result, meter, bar)
                 bar.update()
                 with meter.stopped():
-                    if self._is_due(recipe.checkpoint.every_epochs, recipe.checkpoint.every_steps):
+                    evaluates = self._is_due(recipe.evaluation.every_epochs)
+                    if self._is_due(recipe.checkpoint.every_epochs, recipe.checkpoint.every_steps) or (
+                        evaluates and recipe.checkpoint.best_metric
+                    ):
                         self._save()
-                    if self._is_due(recipe.evaluation.every_epochs):
+                    self._leave_if_asked()
+                    if evaluates:
                         self._evaluate()
-        self._save()
-        return self._evaluate()
+        saved = self._save()
+        results = self._evaluate()
+        self._saver.finish()
+        if not saved:
+            raise UserError(
+                f"the run is over, but {recipe.run_dir} took no last checkpoint: make room there, and run the same "
+                "command with training.resume=auto"
+            )
+        return results
+
+    def _set_learning_rates(self) -> None:
+        """The schedule counts updates: a batch that is skipped leaves it where it was."""
+        optim = self._recipe.optim
+        share = schedule(
+            self._step - self._health.health.num_skipped,
+            warmup_steps=round(optim.warmup_epochs * self._steps_an_epoch),
+            num_steps=self._num_steps,
+            final_share=optim.final_lr_share,
+        )
+        set_learning_rates(self._engine.param_groups, share)
+
+    def _seed_step(self) -> None:
+        """Dropout's numbers come from the seed, the step and the rank alone: a run that goes on draws what it would
+        have drawn, without any saved state, and no two ranks draw the same.
+        """
+        words = np.random.SeedSequence([self._recipe.training.seed, self._step, self._world.rank])
+        torch.manual_seed(int(words.generate_state(1, np.uint64)[0] >> 1))
 
     def _is_due(self, every_epochs: int, every_steps: int | None = None) -> bool:
         return self._step % (every_epochs * self._steps_an_epoch) == 0 or bool(
@@ -154,25 +223,30 @@ class _Run:
         steps_left = range(self._step, self._last_step)
         return iterate(batches, steps_left, num_workers=data.num_workers, device=self._world.device)
 
-    def _log_step(self, result: StepResult, meter: _Meter, bar: tqdm) -> None:
+    def _log_step(self, result: StepResult, meter: Meter, bar: tqdm) -> None:
         epoch = self._step / self._steps_an_epoch
         read = meter.read()
-        learning_rates = [group["lr"] for group in self._engine.param_groups]
+        learning_rates = named_learning_rates(self._engine.param_groups)
+        measured = {
+            "train/loss": result.loss,
+            **{f"train/{name}": value for name, value in result.figures.items()},
+            "train/logit_scale": result.logit_scale,
+            "optim/gradient_norm": result.gradient_norm,
+        }
         self._tracker.log(
             self._step,
             {
-                "train/loss": result.loss,
-                **{f"train/{name}": value for name, value in result.figures.items()},
-                "train/logit_scale": result.logit_scale,
+                # JSON knows no other numbers than finite ones.
+                **{name: value for name, value in measured.items() if value is not None and math.isfinite(value)},
+                **self._health.metrics(),
                 "train/epoch": epoch,
-                "optim/weight_lr": learning_rates[0],
-                "optim/bias_lr": learning_rates[-1],
+                **learning_rates,
                 **{f"data/{name}": value for name, value in read.items()},
                 **{f"data/{name}": count for name, count in self._bad_samples.check().items()},
             },
         )
         shown = (
-            f"epoch {epoch:.1f}, loss {result.loss:.3f}, lr {learning_rates[0]:.1e}, "
+            f"epoch {epoch:.1f}, loss {result.loss:.3f}, lr {next(iter(learning_rates.values())):.1e}, "
             f"{read['clips_per_second']:.0f} clips/s, {read['read_bytes_per_second'] / 1e6:.1f} MB/s, "
             f"waiting {100 * read['waiting_share_max']:.0f}%"
         )
@@ -182,23 +256,43 @@ class _Run:
         if bar.disable and self._world.is_main:
             _log.info("step %d of %d, %s", self._step, self._last_step, shown)
 
-    def _save(self) -> None:
-        if self._saved_step == self._step:
+    def _leave_if_asked(self) -> None:
+        """One rank that was asked to stop is enough: all write the checkpoint, and end."""
+        if not any_over_ranks(self._stop.reason is not None):
             return
-        self._saved_step = self._step
+        reasons = {reason for reason in gather_items(self._stop.reason) if reason is not None}
+        self._save()
+        self._saver.finish(in_a_hurry=True)
+        self._stop.ignore_more()
+        if self._world.is_main:
+            _log.warning(
+                "stopped by %s after step %d of %d; training.resume=auto goes on",
+                " and ".join(sorted(reasons)),
+                self._step,
+                self._last_step,
+            )
+            self._tracker.close()
+        raise SystemExit(EXIT_PREEMPTED)
+
+    def _save(self) -> bool:
+        """False where there is no checkpoint of this step, since the disk refused it."""
+        if self._saved_step == self._step:
+            return True
         check_finite_weights(self._prepared.model, self._step)
         epoch, batch = divmod(self._step, self._steps_an_epoch)
-        checkpoint.save(
-            self._engine,
-            self._prepared.model,
-            dataclasses.replace(
-                self._start, step=self._step, epoch=epoch, batch=batch, wandb_id=self._tracker.wandb_id
-            ),
-            Path(self._recipe.run_dir),
-            self._world,
-            recipe_yaml=configuration.to_yaml(self._recipe),
-            keep_last=self._recipe.checkpoint.keep_last,
+        progress = dataclasses.replace(
+            self._start,
+            world_size=self._world.size,
+            step=self._step,
+            epoch=epoch,
+            batch=batch,
+            wandb_id=self._tracker.wandb_id,
+            health=self._health.health,
         )
+        if not self._saver.save(progress):
+            return False
+        self._saved_step = self._step
+        return True
 
     def _evaluate(self) -> list[RetrievalResult]:
         if self._evaluated_step == self._step:
@@ -222,57 +316,8 @@ class _Run:
         if self._results:
             flat = {key: value for result in self._results for key, value in report.flat_metrics(result).items()}
             self._tracker.log(self._step, flat)
+            self._saver.note_metrics(self._step, flat)
             if self._world.is_main:
                 report.write_results(self._results, Path(recipe.run_dir))
         barrier()
         return self._results
-
-
-class _Meter:
-    """What the data cost since it was last read: clips a second, share of time that ranks wait, bytes, cache."""
-
-    def __init__(self, world: World, global_batch_size: int) -> None:
-        self._world, self._global_batch_size = world, global_batch_size
-        self._start = time.perf_counter()
-        self._waited_seconds = 0.0
-        self._num_batches = 0
-        self._counts = ReadCounts()
-
-    def waiting_for(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches, each wait measured."""
-        while True:
-            before = time.perf_counter()
-            batch = next(batches, None)
-            if batch is None:
-                return
-            self._waited_seconds += time.perf_counter() - before
-            self._num_batches += 1
-            self._counts += batch.counts
-            yield batch
-
-    @contextlib.contextmanager
-    def stopped(self) -> Iterator[None]:
-        """What happens inside counts as no time."""
-        before = time.perf_counter()
-        yield
-        self._start += time.perf_counter() - before
-
-    def read(self) -> dict[str, float]:
-        """Name -> figure over all ranks; starts anew. Bytes are those of the workers, which are some batches ahead."""
-        now = time.perf_counter()
-        seconds = now - self._start
-        least, greatest = min_and_max_over_ranks(self._waited_seconds / seconds, self._world.device)
-        sums = sums_over_ranks(dataclasses.astuple(self._counts), self._world.device)
-        counts = ReadCounts(*sums)
-        figures = {
-            "clips_per_second": self._num_batches * self._global_batch_size / seconds,
-            "waiting_share_min": least,
-            "waiting_share_max": greatest,
-            "read_bytes_per_second": counts.bytes_read / seconds,
-            "fetched_bytes_per_second": counts.bytes_fetched / seconds,
-            "cache_hits": counts.cache_hits,
-            "cache_misses": counts.cache_misses,
-            "prefetch_waits": counts.prefetch_waits,
-        }
-        self._start, self._waited_seconds, self._num_batches, self._counts = now, 0.0, 0, ReadCounts()
-        return figures

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, overload
 
 import torch
@@ -20,14 +20,16 @@ LARS_REFERENCE_BATCH = 256
 class OptimConfig:
     """Optimizer, learning rates and schedule.
 
-    weight_lr, bias_lr: peak rates of parameters with two or more dimensions, and of the others (biases,
-    norms, the temperature), which take no weight decay; bias_lr defaults to weight_lr. Under LARS both are
-    multiplied by global_batch_size / 256. final_lr_share: where the cosine ends, as a share of the peak.
+    weight_lr, bias_lr: peak rates of parameters with two or more dimensions, and of the others (biases, norms, the
+    temperature), which take no weight decay; bias_lr defaults to weight_lr. Under LARS both are multiplied by
+    global_batch_size / 256. lr_scales: factors on the rates by the beginnings of parameters' names, of which the
+    longest counts: ``{audio: 0.1, text.projection: 2}``. final_lr_share: where the cosine ends, as a share of the peak.
     """
 
     name: Literal["adamw", "lars"] = "adamw"
     weight_lr: float = 1e-3
     bias_lr: float | None = None
+    lr_scales: dict[str, float] = field(default_factory=dict)
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
@@ -43,6 +45,9 @@ class OptimConfig:
             value = getattr(self, key)
             if value is not None and not 0 <= value < math.inf:
                 raise UserError(f"optim.{key}={value} must be 0 or more")
+        for prefix, scale in self.lr_scales.items():
+            if not 0 <= scale < math.inf:
+                raise UserError(f"optim.lr_scales.{prefix}={scale} must be 0 or more")
         if not all(0 <= share < 1 for share in (*self.betas, self.momentum)):
             raise UserError(f"optim.betas={list(self.betas)} and optim.momentum={self.momentum} must lie in [0, 1)")
         if not 0 <= self.final_lr_share <= 1:
@@ -103,30 +108,43 @@ def _trust_ratio(parameter: torch.Tensor, update: torch.Tensor, coefficient: flo
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, *, global_batch_size: int) -> torch.optim.Optimizer:
-    """The optimizer over every parameter that asks for a gradient, in two groups: weights, then the rest.
+    """The optimizer over every parameter that asks for a gradient: weights, then the rest, by factor of their rates.
 
     Each group remembers its peak rate as ``peak_lr``; ``set_learning_rates`` scales from there.
+
+    Raises:
+        UserError: a name in ``lr_scales`` fits no parameter.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    scale = global_batch_size / LARS_REFERENCE_BATCH if config.name == "lars" else 1.0
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    unused = set(config.lr_scales)
+    for name, parameter in model.named_parameters():
+        prefixes = [prefix for prefix in config.lr_scales if f"{name}.".startswith(f"{prefix}.")]
+        unused -= set(prefixes)
+        scale = config.lr_scales[max(prefixes, key=len)] if prefixes else 1.0
+        if parameter.requires_grad:
+            groups.setdefault((parameter.ndim < 2, scale), []).append(parameter)
+    if unused:
+        known = ", ".join(name for name, _ in model.named_children())
+        raise UserError(
+            f"optim.lr_scales.{min(unused)} is the beginning of no parameter's name: the towers are {known}"
+        )
+    batch_scale = global_batch_size / LARS_REFERENCE_BATCH if config.name == "lars" else 1.0
     bias_lr = config.weight_lr if config.bias_lr is None else config.bias_lr
-    groups = [
+    described = [
         {
-            "params": [parameter for parameter in trained if parameter.ndim >= 2],
-            "peak_lr": scale * config.weight_lr,
-            "weight_decay": config.weight_decay,
-        },
-        {
-            "params": [parameter for parameter in trained if parameter.ndim < 2],
-            "peak_lr": scale * bias_lr,
-            "weight_decay": 0.0,
-        },
+            "params": groups[is_bias, scale],
+            "peak_lr": batch_scale * scale * (bias_lr if is_bias else config.weight_lr),
+            "weight_decay": 0.0 if is_bias else config.weight_decay,
+            "name": f"optim/{'bias' if is_bias else 'weight'}_lr" + ("" if scale == 1.0 else f"_x{scale:g}"),
+        }
+        # Weights first, and of each kind those at the plain rate.
+        for is_bias, scale in sorted(groups, key=lambda key: (key[0], key[1] != 1.0, key[1]))
     ]
     match config.name:
         case "adamw":
-            return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps)
+            return torch.optim.AdamW(described, lr=0.0, betas=config.betas, eps=config.eps)
         case "lars":
-            return LARS(groups, lr=0.0, momentum=config.momentum, trust_coefficient=config.trust_coefficient)
+            return LARS(described, lr=0.0, momentum=config.momentum, trust_coefficient=config.trust_coefficient)
 
 
 def schedule(step: int, *, warmup_steps: int, num_steps: int, final_share: float) -> float:
@@ -141,3 +159,8 @@ def set_learning_rates(param_groups: list[dict[str, Any]], share: float) -> None
     """Set every group's rate to this share of its peak."""
     for group in param_groups:
         group["lr"] = group["peak_lr"] * share
+
+
+def named_learning_rates(param_groups: list[dict[str, Any]]) -> dict[str, float]:
+    """``optim/weight_lr`` and ``optim/bias_lr``, and those with a factor as ``optim/weight_lr_x0.1``."""
+    return {group["name"]: group["lr"] for group in param_groups}

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,7 +25,9 @@ from audiotext_dist.models.audio import AudioTower
 from audiotext_dist.models.dual_encoder import DualEncoder, build_model
 from audiotext_dist.training import checkpoint
 from audiotext_dist.training.checkpoint import Progress
+from audiotext_dist.training.engine import deepspeed_config
 from audiotext_dist.training.recipe import Recipe
+from audiotext_dist.training.upload import remote_names
 
 _log = logging.getLogger(__name__)
 
@@ -52,6 +55,16 @@ class Prepared:
             world_size=self.world.size,
         )
 
+    def deepspeed_config(self) -> dict[str, Any]:
+        """What DeepSpeed is told."""
+        return deepspeed_config(
+            self.recipe.engine,
+            global_batch_size=self.recipe.training.global_batch_size,
+            world_size=self.world.size,
+            gradient_clipping=self.recipe.optim.gradient_clipping,
+            num_micro_batches=self.recipe.num_micro_batches(self.world.size),
+        )
+
     def start(self) -> Progress:
         """Where a new run begins."""
         return Progress(
@@ -64,7 +77,6 @@ class Prepared:
             steps_an_epoch=self.plan(epoch=0).num_batches,
             world_size=self.world.size,
             optimizer=self.recipe.optim.name,
-            zero_stage=self.recipe.engine.zero_stage,
         )
 
 
@@ -80,6 +92,12 @@ def prepare(recipe: Recipe, world: World) -> Prepared:
         raise UserError(
             f"{recipe.run_dir} holds checkpoints of an earlier run: "
             "go on with training.resume=auto, or start anew under another name= or run_dir="
+        )
+    target = recipe.checkpoint.upload_to
+    if recipe.training.resume == "never" and target is not None and world.is_main and remote_names(target):
+        raise UserError(
+            f"checkpoint.upload_to={target} holds checkpoints of an earlier run: "
+            "go on with training.resume=auto, or give another"
         )
     frames, captions = needs_pictures(recipe), "text" in recipe.task
     train_sets = open_sets(recipe.data.train, recipe.data, frames=frames, captions=captions)
@@ -101,6 +119,9 @@ def prepare(recipe: Recipe, world: World) -> Prepared:
         },
     )
     prepared.plan(epoch=0)
+    prepared.deepspeed_config()
+    if recipe.engine.activation_checkpointing:
+        _checkpoint_activations(prepared.model)
     if world.local_rank == 0:
         warn_of_small_cache(train_sets, recipe.data, global_batch_size=recipe.training.global_batch_size, world=world)
     return prepared
@@ -113,6 +134,15 @@ def _check_writable(run_dir: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"run_dir={run_dir} cannot be written to ({error.strerror}): give another") from None
+
+
+def _checkpoint_activations(model: DualEncoder) -> None:
+    """Every stack of layers that knows how: open_clip's transformers and ResNets."""
+    stacks = [module for module in model.modules() if hasattr(module, "grad_checkpointing")]
+    if not stacks:
+        raise UserError("engine.activation_checkpointing=true has no effect on these towers: leave it out")
+    for stack in stacks:
+        stack.grad_checkpointing = True  # type: ignore[assignment]
 
 
 def needs_pictures(recipe: Recipe) -> bool:

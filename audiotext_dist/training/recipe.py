@@ -19,9 +19,10 @@ from audiotext_dist.data.sets import DataConfig
 from audiotext_dist.errors import UserError, require_positive
 from audiotext_dist.losses.config import LossConfig
 from audiotext_dist.models.dual_encoder import ModelConfig, Task
-from audiotext_dist.training.checkpoint import RECIPE_FILE, CheckpointConfig, newest_whole
+from audiotext_dist.training.checkpoint import RECIPE_FILE, newest_whole
 from audiotext_dist.training.engine import EngineConfig
 from audiotext_dist.training.optim import OptimConfig
+from audiotext_dist.training.saving import CheckpointConfig
 from audiotext_dist.training.tracker import TrackerConfig
 
 
@@ -33,6 +34,9 @@ class TrainingConfig:
     micro_batch_size: clips that the towers of a rank hold at once, null for all of its share. The negatives are
     those of the whole batch all the same, for one more forward.
     resume: ``auto`` goes on from the newest complete checkpoint in run_dir, or starts where there is none.
+    max_sick_steps_in_a_row: a step whose loss or gradient is not finite is skipped; more of them in a row end the run.
+    spike_ratio: a loss above so many times the median of the last 32 is a spike: counted, logged, and left out with
+    skip_spikes.
     """
 
     num_epochs: int = 10
@@ -42,9 +46,16 @@ class TrainingConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = 0
     resume: Literal["auto", "never"] = "never"
+    max_sick_steps_in_a_row: int = 10
+    spike_ratio: float | None = 3.0
+    skip_spikes: bool = False
 
     def __post_init__(self) -> None:
-        require_positive(self, "training", "num_epochs", "max_steps", "global_batch_size", "micro_batch_size")
+        require_positive(
+            self, "training", "num_epochs", "max_steps", "global_batch_size", "micro_batch_size", "spike_ratio"
+        )
+        if self.max_sick_steps_in_a_row < 0:
+            raise UserError(f"training.max_sick_steps_in_a_row={self.max_sick_steps_in_a_row} must not be negative")
         if self.seed < 0:
             raise UserError(f"training.seed={self.seed} must not be negative")
 

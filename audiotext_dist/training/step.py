@@ -25,11 +25,7 @@ from audiotext_dist.losses.contrastive import LossOutput, Teachers, contrastive_
 from audiotext_dist.losses.targets import recording_ids
 from audiotext_dist.models.dual_encoder import DualEncoder, ModelInputs
 from audiotext_dist.training.engine import Engine
-
-MEND_OF_DIVERGENCE = (
-    "lower optim.weight_lr, lengthen optim.warmup_epochs, or set optim.gradient_clipping=1.0; "
-    "training.resume=auto goes on from the last checkpoint"
-)
+from audiotext_dist.training.health import MEND_OF_DIVERGENCE, HealthWatch, Sickness
 
 # Two sides, scale and bias of the scores -> the loss.
 LossOf = Callable[[Tensor, Tensor, Tensor, Tensor | None], LossOutput]
@@ -37,27 +33,28 @@ LossOf = Callable[[Tensor, Tensor, Tensor, Tensor | None], LossOutput]
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """The whole batch's loss, its figures (see ``LossOutput``), and 1 / temperature."""
+    """The whole batch's loss, its figures (see ``LossOutput``), and 1 / temperature.
+
+    gradient_norm: over all parameters, before clipping; None where there was no backward. sickness: see health.py.
+    """
 
     loss: float
     figures: dict[str, float]
     logit_scale: float
+    gradient_norm: float | None
+    sickness: Sickness | None
 
 
 def train_step(
     engine: Engine,
     model: DualEncoder,
     batch: Batch,
-    step: int,
+    health: HealthWatch,
     loss: LossConfig,
     matmul_dtype: torch.dtype | None = None,
     teachers: Teachers | None = None,
 ) -> StepResult:
-    """Forward, backward and update.
-
-    Raises:
-        UserError: the loss is not finite; on every rank, before any rank's backward.
-    """
+    """Forward, backward and update; a sick step ends on every rank before the part that it would spoil."""
     recordings = recording_ids([metadata.recording for metadata in batch.metadata])
 
     def loss_of(a_nD: Tensor, b_nD: Tensor, scale: Tensor, bias: Tensor | None) -> LossOutput:
@@ -66,19 +63,21 @@ def train_step(
             a_nD, b_nD, scale, loss, bias=bias, recording_n=recording_n, teachers=teachers, matmul_dtype=matmul_dtype
         )
 
-    return update(engine, model, model_inputs(batch), loss_of, step)
+    return update(engine, model, model_inputs(batch), loss_of, health)
 
 
-def update(engine: Engine, model: DualEncoder, inputs: ModelInputs, loss_of: LossOf, step: int) -> StepResult:
+def update(engine: Engine, model: DualEncoder, inputs: ModelInputs, loss_of: LossOf, health: HealthWatch) -> StepResult:
     """The step itself, on what the towers read and for any loss of their two sides."""
     num_micro_batches = engine.num_micro_batches
     if num_micro_batches == 1:
         a_nD, b_nD = engine(inputs)
         output = loss_of(a_nD, b_nD, model.scale(), model.logit_bias)
-        result = _agree(output, model, step)
-        engine.backward(output.loss)
-        engine.step()
-        return result
+
+        def move() -> float:
+            engine.backward(output.loss)
+            return engine.step()
+
+        return _finish(output, model, health, move)
     micro_batches, random_states, embeddings = _split(inputs, num_micro_batches), [], []
     with torch.no_grad():
         for micro_batch in micro_batches:
@@ -87,26 +86,35 @@ def update(engine: Engine, model: DualEncoder, inputs: ModelInputs, loss_of: Los
     leaves = [torch.cat(side).requires_grad_() for side in zip(*embeddings, strict=True)]
     scalars = [value.detach().requires_grad_() for value in _scalars(model)]
     output = loss_of(leaves[0], leaves[1], scalars[0], scalars[1] if len(scalars) > 1 else None)
-    result = _agree(output, model, step)
-    torch.autograd.backward(output.loss)
-    gradients_of_sides = zip(*(_gradient(leaf).chunk(num_micro_batches) for leaf in leaves), strict=True)
-    for micro_batch, random_state, gradients in zip(micro_batches, random_states, gradients_of_sides, strict=True):
-        random_state.restore()
-        surrogate = _inner_product(engine(micro_batch), gradients)
-        # Scale and bias are in every micro-batch, so in the last one too, which is the one that is averaged.
-        surrogate = surrogate + _inner_product(_scalars(model), map(_gradient, scalars)) / num_micro_batches
-        engine.backward(surrogate)
-        engine.step()
-    return result
+
+    def move_by_parts() -> float:
+        gradient_norm = 0.0
+        torch.autograd.backward(output.loss)
+        gradients_of_sides = zip(*(_gradient(leaf).chunk(num_micro_batches) for leaf in leaves), strict=True)
+        for micro_batch, random_state, gradients in zip(micro_batches, random_states, gradients_of_sides, strict=True):
+            random_state.restore()
+            surrogate = _inner_product(engine(micro_batch), gradients)
+            # Scale and bias are in every micro-batch, so in the last one too, which is the one that is averaged.
+            surrogate = surrogate + _inner_product(_scalars(model), map(_gradient, scalars)) / num_micro_batches
+            engine.backward(surrogate)
+            gradient_norm = engine.step()
+        return gradient_norm
+
+    return _finish(output, model, health, move_by_parts)
 
 
-def _agree(output: LossOutput, model: DualEncoder, step: int) -> StepResult:
-    """What the ranks make of their losses together."""
+def _finish(output: LossOutput, model: DualEncoder, health: HealthWatch, move: Callable[[], float]) -> StepResult:
+    """Agree on the loss, then move the weights unless the step is sick; ``move`` returns the gradient's norm."""
     means = mean_over_ranks(torch.stack([output.loss.detach(), *output.figures.values()])).tolist()
-    loss, figures = means[0], dict(zip(output.figures, means[1:], strict=True))
-    if not math.isfinite(loss):
-        raise UserError(f"the loss of step {step + 1} is not finite: {MEND_OF_DIVERGENCE}")
-    return StepResult(loss=loss, figures=figures, logit_scale=model.scale().item())
+    loss, figures, logit_scale = means[0], dict(zip(output.figures, means[1:], strict=True)), model.scale().item()
+    sickness, gradient_norm = health.judge_loss(loss), None
+    if not health.is_skipped(sickness):
+        gradient_norm = move()
+        if not math.isfinite(gradient_norm):
+            sickness = "gradient"
+    return StepResult(
+        loss=loss, figures=figures, logit_scale=logit_scale, gradient_norm=gradient_norm, sickness=sickness
+    )
 
 
 def _split(inputs: ModelInputs, num_parts: int) -> list[ModelInputs]:

@@ -5,6 +5,7 @@ W&B goes online when there is a key and a network, offline otherwise; it never a
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -60,7 +61,7 @@ class Tracker:
             return
         path = run_dir / METRICS_FILE
         _cut_after(path, start_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
         # W&B's own variable is honoured where the recipe leaves it open.
         mode = os.environ.get("WANDB_MODE", "online") if config.wandb == "auto" else config.wandb
         if mode != "disabled":
@@ -77,11 +78,20 @@ class Tracker:
         """Write one line: ``{"trainer/step": step, name: value, ...}``."""
         line = {"trainer/step": step, **metrics}
         if self._file is not None:
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            self._write((json.dumps(line) + "\n").encode())
         if self._wandb is not None:
             self._wandb.log(line)
+
+    def _write(self, line: bytes) -> None:
+        """A line, or nothing of it: a disk that is full costs lines, not the run."""
+        num_bytes = self._file.seek(0, os.SEEK_END)
+        try:
+            if self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._file.truncate(num_bytes)
+            _log.warning("a line of metrics is lost (%s)", error.strerror)
 
     def close(self) -> None:
         """Finish the files; names the command that uploads an offline run."""

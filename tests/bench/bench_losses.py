@@ -31,7 +31,7 @@ from audiotext_dist.losses.targets import make_targets
 from audiotext_dist.models.audio import AudioTowerConfig
 from audiotext_dist.models.dual_encoder import ModelConfig, ModelInputs, build_model
 from audiotext_dist.models.text import TextTowerConfig
-from audiotext_dist.training.engine import Engine, EngineConfig, start_process_group
+from audiotext_dist.training.engine import Engine, EngineConfig, deepspeed_config, start_process_group
 from tests.ranks import run_on_ranks
 
 DIM = 512
@@ -176,7 +176,13 @@ def step_share(rank: int, world_size: int, num_own: int) -> dict[str, float]:
     config = ModelConfig(audio=AudioTowerConfig(name="ViT-B-32"), text=TextTowerConfig(name="ViT-B-32", frozen=True))
     model = build_model(config, "audio-text", 16000)
     optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-4)
-    engine = Engine(model, optimizer, EngineConfig(), micro_batch_size=num_own, gradient_clipping=None)
+    engine = Engine(
+        model,
+        optimizer,
+        deepspeed_config(
+            EngineConfig(), global_batch_size=num_own * world_size, world_size=world_size, gradient_clipping=None
+        ),
+    )
     inputs = ModelInputs(
         waveform_NS=torch.randn(num_own, 160000) / 10,
         num_valid_samples_N=torch.full((num_own,), 160000),

@@ -15,7 +15,7 @@ from audiotext_dist.losses.targets import join_teachers, recording_ids
 from audiotext_dist.models.dual_encoder import ModelInputs
 from audiotext_dist.training import step
 from tests.losses.naive import naive_loss
-from tests.losses.small_model import DIM, AveragingEngine, SmallModel, gradients
+from tests.losses.small_model import DIM, AveragingEngine, SmallModel, gradients, watch
 
 NUM_ROWS = 24
 RECORDINGS = [f"youtube:{row % 9 if row < 20 else row}" for row in range(NUM_ROWS)]  # shared across every split
@@ -79,7 +79,7 @@ def ranks_of_group(config: LossConfig, own: slice, group, num_micro_batches: int
 
     engine = AveragingEngine(model, num_micro_batches, group)
     inputs = ModelInputs(waveform_NS=rows(1)[own], tokens_NC=rows(2)[own])
-    step.update(engine, model, inputs, loss_of, 0)
+    step.update(engine, model, inputs, loss_of, watch())
     dist.all_reduce(losses[0], group=group)
     return losses[0] / dist.get_world_size(group), gradients(model)
 

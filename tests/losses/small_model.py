@@ -1,11 +1,14 @@
 """Two linear towers with a temperature, in any precision, and an engine that averages gradients as DeepSpeed does."""
 
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 
 from audiotext_dist.models.dual_encoder import ModelInputs
+from audiotext_dist.training.health import Health, HealthWatch
 
 DIM = 8
 
@@ -45,13 +48,19 @@ class AveragingEngine:
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
 
-    def step(self) -> None:
+    def step(self) -> float:
         self.left -= 1
         if self.left == 0 and dist.is_initialized():
             for parameter in self.model.parameters():
                 dist.all_reduce(parameter.grad, group=self.group)
                 parameter.grad /= dist.get_world_size(self.group)
+        return 0.0
 
 
 def gradients(model: nn.Module) -> list[torch.Tensor]:
     return [parameter.grad for parameter in model.parameters()]
+
+
+def watch() -> HealthWatch:
+    """Skips what is not finite, and nothing else."""
+    return HealthWatch(Health(), spike_ratio=None, skip_spikes=False, max_sick_in_a_row=10, run_dir=Path())

@@ -10,6 +10,7 @@ from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError
 from audiotext_dist.training import checkpoint
 from audiotext_dist.training.checkpoint import Progress
+from audiotext_dist.training.saving import CheckpointConfig, Saver
 
 START = Progress(
     step=0,
@@ -20,26 +21,25 @@ START = Progress(
     steps_an_epoch=4,
     world_size=1,
     optimizer="adamw",
-    zero_stage=0,
 )
 
 
-class FileEngine:
-    """Stands for DeepSpeed's part of a checkpoint, whose real files tests/test_pretrain.py goes through."""
+class StateEngine:
+    """Stands for the engine, whose real state tests/training/test_resume.py goes through."""
 
-    def save(self, folder, tag):
-        (folder / tag).mkdir()
-        (folder / tag / "states.pt").write_bytes(b"states" * 100)
+    def optimizer_state(self, *, on_this_rank):
+        return {"weight:exp_avg": torch.ones(2, 3)} if on_this_rank else {}
 
 
-def save(run_dir, *steps, keep_last=5):
+def save(run_dir, *steps, **config):
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
+    saver = Saver(
+        CheckpointConfig(**{"keep_last": 5, **config}), StateEngine(), model, run_dir, World(), "name: test\n"
+    )
     for step in steps:
-        progress = dataclasses.replace(START, step=step)
-        checkpoint.save(
-            FileEngine(), model, progress, run_dir, World(), recipe_yaml="name: test\n", keep_last=keep_last
-        )
+        assert saver.save(dataclasses.replace(START, step=step))
+    saver.finish()
     return model
 
 
@@ -51,10 +51,9 @@ def newest(run_dir):
 @pytest.mark.parametrize(
     "file",
     [
-        "deepspeed/states.pt",
+        "optimizer.safetensors",
         "recipe.yaml",
         "model.safetensors",
-        "random-00000.safetensors",
         "progress.json",
         "manifest.json",
     ],
@@ -127,9 +126,9 @@ def test_weights_that_do_not_fit_or_are_not_there_are_one_line(tmp_path):
         checkpoint.read_weights(str(tmp_path / "broken.safetensors"))
 
 
-@pytest.mark.parametrize("key", ["seed", "global_batch_size", "steps_an_epoch", "world_size", "zero_stage"])
+@pytest.mark.parametrize("key", ["seed", "global_batch_size", "steps_an_epoch", "optimizer"])
 def test_a_run_with_other_batches_cannot_go_on(key):
     other = dataclasses.replace(START, **{key: 3})
     with pytest.raises(UserError, match="give the same, or a new run_dir"):
         START.check_fits(other, "step-1")
-    START.check_fits(dataclasses.replace(START, step=9), "step-1")
+    START.check_fits(dataclasses.replace(START, step=9, world_size=3), "step-1")

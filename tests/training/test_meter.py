@@ -9,7 +9,7 @@ import torch
 from audiotext_dist.data.cache import ReadCounts
 from audiotext_dist.data.loader import Batch
 from audiotext_dist.distributed import World
-from audiotext_dist.training.loop import _Meter
+from audiotext_dist.training.meter import Meter
 
 
 def batch_with(counts: ReadCounts) -> Batch:
@@ -33,7 +33,7 @@ _EMPTY = Batch(
 
 
 def test_the_meter_adds_what_the_workers_counted_and_starts_anew() -> None:
-    meter = _Meter(World(), global_batch_size=4)
+    meter = Meter(World(), global_batch_size=4)
     first = ReadCounts(bytes_read=100, bytes_fetched=1000, cache_hits=1, cache_misses=2, prefetch_waits=3)
     second = ReadCounts(bytes_read=300, bytes_fetched=0, cache_hits=10, cache_misses=0, prefetch_waits=1)
     assert len(list(meter.waiting_for(iter([batch_with(first), batch_with(second)])))) == 2

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from audiotext_dist.training.optim import LARS, OptimConfig, build_optimizer, schedule, set_learning_rates
+from audiotext_dist.errors import UserError
+from audiotext_dist.training.optim import (
+    LARS,
+    OptimConfig,
+    build_optimizer,
+    named_learning_rates,
+    schedule,
+    set_learning_rates,
+)
 
 
 def reference_lars(values, gradients, *, lr, momentum, weight_decay, eta):
@@ -59,6 +67,28 @@ def test_groups_hold_trained_parameters_only_with_their_own_rates():
 def test_adamw_rates_do_not_grow_with_the_batch():
     optimizer = build_optimizer(nn.Linear(4, 3), OptimConfig(weight_lr=2e-5), global_batch_size=1024)
     assert [group["peak_lr"] for group in optimizer.param_groups] == [2e-5, 2e-5]
+
+
+def test_rates_by_the_beginning_of_names():
+    model = nn.ModuleDict({"audio": nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), "audio_extra": nn.Linear(2, 2)})
+    config = OptimConfig(weight_lr=1.0, bias_lr=0.5, weight_decay=0.1, lr_scales={"audio": 0.1, "audio.1": 2.0})
+    optimizer = build_optimizer(model, config, global_batch_size=8)
+    found = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    peaks = {name: found[id(parameter)]["peak_lr"] for name, parameter in model.named_parameters()}
+    assert peaks == {
+        "audio.0.weight": 0.1,
+        "audio.0.bias": 0.05,
+        "audio.1.weight": 2.0,
+        "audio.1.bias": 1.0,
+        "audio_extra.weight": 1.0,
+        "audio_extra.bias": 0.5,
+    }
+    assert {group["weight_decay"] for group in optimizer.param_groups if group["params"][0].ndim < 2} == {0.0}
+    set_learning_rates(optimizer.param_groups, 0.5)
+    assert next(iter(named_learning_rates(optimizer.param_groups).items())) == ("optim/weight_lr", 0.5)
+    assert named_learning_rates(optimizer.param_groups)["optim/bias_lr_x0.1"] == 0.025
+    with pytest.raises(UserError, match=r"optim\.lr_scales\.audi is the beginning of no parameter's name"):
+        build_optimizer(model, OptimConfig(lr_scales={"audi": 0.1}), global_batch_size=8)
 
 
 def test_schedule_warms_up_and_falls_as_a_cosine():

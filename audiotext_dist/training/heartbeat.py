@@ -1,0 +1,78 @@
+"""A rank that hangs, or whose link is cut, ends the run on all ranks.
+
+A thread of each rank writes a count into the process group's store, which rank 0 holds, and reads the others'. It
+lives as long as its process runs, whatever the main thread waits for, so a rank is silent only where it is stopped,
+dead or out of reach. A silent rank is named, and this process ends, from the thread: the main one may wait in a
+collective that never returns. A rank that is alive but stuck is left to the collectives' own timeout, which is as long.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+
+import torch.distributed as dist
+
+from audiotext_dist.distributed import World, barrier, is_parallel
+
+# EX_UNAVAILABLE of sysexits.h: another rank is not there.
+EXIT_LOST = 69
+
+
+class Heartbeat:
+    """Starts at once; ``stop`` before leaving the process group."""
+
+    def __init__(self, world: World, timeout_seconds: float) -> None:
+        self._world, self._timeout_seconds = world, timeout_seconds
+        self._stopped = threading.Event()
+        if is_parallel():
+            # A connection of its own: the main thread may hold the other one while it waits.
+            self._store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+            threading.Thread(target=self._beat, daemon=True).start()
+
+    def stop(self, *, together: bool) -> None:
+        """No more watching; ``together`` waits for every rank, so that none misses one that has left already."""
+        self._stopped.set()
+        if together:
+            barrier()
+
+    def _beat(self) -> None:
+        others = [rank for rank in range(self._world.size) if rank != self._world.rank]
+        last = dict.fromkeys(others, (b"", time.monotonic()))
+        count = 0
+        while not self._stopped.wait(min(5.0, self._timeout_seconds / 10)):
+            count += 1
+            asking = threading.Timer(self._timeout_seconds, self._end, [[0], "does not answer"])
+            asking.daemon = True
+            asking.start()
+            try:
+                self._store.set(_key(self._world.rank), str(count))
+                found = {rank: self._store.get(_key(rank)) for rank in others if self._store.check([_key(rank)])}
+            except RuntimeError:
+                # The store went with rank 0: this is how the others hear that it is gone.
+                self._end([0], "is gone")
+                return
+            finally:
+                asking.cancel()
+            now = time.monotonic()
+            last.update({rank: (value, now) for rank, value in found.items() if value != last[rank][0]})
+            silent = [rank for rank, (_, heard) in last.items() if now - heard > self._timeout_seconds]
+            if silent:
+                self._end(silent, f"gave no sign of life for {self._timeout_seconds:g} s")
+
+    def _end(self, ranks: list[int], what: str) -> None:
+        if self._stopped.is_set():
+            return
+        named = " and ".join(f"rank {rank}" for rank in ranks)
+        sys.stderr.write(
+            f"error: {named} {what} (engine.collective_timeout_seconds={self._timeout_seconds:g}), rank "
+            f"{self._world.rank} ends: look at that node; training.resume=auto goes on from the last checkpoint\n"
+        )
+        sys.stderr.flush()
+        os._exit(EXIT_LOST)
+
+
+def _key(rank: int) -> str:
+    return f"heartbeat/{rank}"

@@ -1,0 +1,155 @@
+"""Which checkpoints a run writes, keeps, and copies to a store."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from audiotext_dist import storage
+from audiotext_dist.distributed import World, barrier, raise_together
+from audiotext_dist.errors import UserError, require_positive
+from audiotext_dist.training import checkpoint
+from audiotext_dist.training.checkpoint import CHECKPOINTS, MANIFEST, Progress, name_of, named_checkpoints
+from audiotext_dist.training.engine import Engine
+from audiotext_dist.training.upload import Uploader, fetch_newest
+
+_BEST = "best.json"
+# What a run that was asked to stop may give the last copy.
+_COPY_SECONDS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When checkpoints are written, how many stay, and where copies go.
+
+    best_metric: such as ``validation/NAME/audio->text/recall_at_1``; the checkpoint where it is highest (or lowest,
+    by best_is) stays beside the last ones, and every evaluation comes with a checkpoint.
+    upload_to: ``s3://bucket/folder`` of this run alone; a run on an empty disk goes on from there.
+    """
+
+    every_epochs: int = 1
+    every_steps: int | None = None
+    keep_last: int = 2
+    best_metric: str | None = None
+    best_is: Literal["highest", "lowest"] = "highest"
+    upload_to: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.upload_to is not None:
+            if not storage.is_remote(self.upload_to):
+                raise UserError(f"checkpoint.upload_to={self.upload_to} is no URL: give s3://bucket/folder")
+            storage.check_no_credentials(self.upload_to)
+        require_positive(self, "checkpoint", "every_epochs", "every_steps", "keep_last")
+
+
+class Saver:
+    """Writes a run's checkpoints; every rank calls each method."""
+
+    def __init__(
+        self, config: CheckpointConfig, engine: Engine, model: nn.Module, run_dir: Path, world: World, recipe_yaml: str
+    ) -> None:
+        self._config, self._engine, self._model = config, engine, model
+        self._run_dir, self._world, self._recipe_yaml = run_dir, world, recipe_yaml
+        self._uploader = None
+        if config.upload_to is not None and world.is_main:
+            (run_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+            self._uploader = Uploader(config.upload_to, run_dir / CHECKPOINTS, MANIFEST)
+
+    def save(self, progress: Progress) -> bool:
+        """Write a checkpoint, and remove what is no longer kept; False where the disk refuses."""
+        saved = checkpoint.save(
+            self._engine, self._model, progress, self._run_dir, self._world, recipe_yaml=self._recipe_yaml
+        )
+        if saved is not None and self._world.is_main:
+            self._remove_old()
+            if self._uploader is not None:
+                self._uploader.put(saved, kept_names(self._run_dir, self._config.keep_last))
+        return saved is not None
+
+    def note_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Remember this step's checkpoint if it is the best so far.
+
+        Raises:
+            UserError: checkpoint.best_metric is not among them.
+        """
+        error = None
+        if self._world.is_main:
+            try:
+                note_metric(self._run_dir, step, metrics, self._config)
+                self._remove_old()
+            except UserError as met:
+                error = met
+        raise_together(error)
+
+    def finish(self, *, in_a_hurry: bool = False) -> None:
+        """Wait for the last copy."""
+        if self._uploader is not None:
+            self._uploader.finish(_COPY_SECONDS if in_a_hurry else float("inf"))
+
+    def _remove_old(self) -> None:
+        for old in named_checkpoints(self._run_dir):
+            if old.name not in kept_names(self._run_dir, self._config.keep_last):
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def fetch(config: CheckpointConfig, run_dir: Path, world: World) -> Path | None:
+    """Bring a newer checkpoint than the disk's from the store; every rank calls it.
+
+    Raises:
+        UserError: the store cannot be read: to start anew would throw the run away.
+    """
+    fetched, error = None, None
+    if config.upload_to is not None and world.is_main:
+        newest = checkpoint.newest_whole(run_dir)
+        try:
+            fetched = fetch_newest(
+                config.upload_to, run_dir / CHECKPOINTS, MANIFEST, newer_than="" if newest is None else newest.name
+            )
+        except (UserError, OSError) as met:
+            error = UserError(f"checkpoint.upload_to cannot be read ({met}): mend that, or resume without it")
+    raise_together(error)
+    barrier()
+    return fetched
+
+
+def kept_names(run_dir: Path, keep_last: int) -> set[str]:
+    """The checkpoints that stay: the last ones, and the best."""
+    best = _best(run_dir)
+    last = [found.name for found in named_checkpoints(run_dir)[:keep_last]]
+    return {*last, *([] if best is None else [str(best["name"])])}
+
+
+def note_metric(run_dir: Path, step: int, metrics: Mapping[str, float], config: CheckpointConfig) -> None:
+    """Remember the checkpoint of this step if its metric is the best so far; on the main rank.
+
+    Raises:
+        UserError: there is no such metric.
+    """
+    if config.best_metric is None or not (run_dir / CHECKPOINTS / name_of(step)).is_dir():
+        return
+    if config.best_metric not in metrics:
+        raise UserError(
+            f"checkpoint.best_metric={config.best_metric} is not among what is evaluated: give one of "
+            f"{', '.join(sorted(metrics))}"
+        )
+    value, best = metrics[config.best_metric], _best(run_dir)
+    sign = 1 if config.best_is == "highest" else -1
+    same = best is not None and best["metric"] == config.best_metric
+    if best is None or not same or sign * value > sign * float(best["value"]):
+        content = {"name": name_of(step), "metric": config.best_metric, "value": value}
+        storage.write_bytes(str(run_dir / CHECKPOINTS / _BEST), json.dumps(content).encode())
+
+
+def _best(run_dir: Path) -> dict[str, Any] | None:
+    """What is written of the best checkpoint, while there is one of that name."""
+    try:
+        found: dict[str, Any] = json.loads((run_dir / CHECKPOINTS / _BEST).read_text())
+        return found if (run_dir / CHECKPOINTS / found["name"]).is_dir() else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,118 @@
+"""Copies of checkpoints where a lost disk does not reach: ``checkpoint.upload_to=s3://bucket/run``.
+
+A thread of the main rank copies the newest finished checkpoint, its manifest last: without one a copy is invisible,
+as a half-written checkpoint is on the disk. Training never waits for it, but at the end. What the store refuses is a
+warning, and the next checkpoint is tried as ever.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import threading
+from pathlib import Path
+
+from audiotext_dist import storage
+from audiotext_dist.errors import UserError
+
+_log = logging.getLogger(__name__)
+_STAGED = ".upload-"
+
+
+class Uploader:
+    """Copies finished checkpoints to ``target``, one at a time; of several that wait, the newest.
+
+    Args:
+        manifest: the name of the file that makes a checkpoint whole.
+    """
+
+    def __init__(self, target: str, folder: Path, manifest: str) -> None:
+        self._target, self._folder, self._manifest = target, folder, manifest
+        self._changed = threading.Condition()
+        self._waiting: tuple[Path, set[str]] | None = None
+        self._busy = False
+        for left in folder.glob(f"{_STAGED}*"):
+            shutil.rmtree(left)
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def put(self, checkpoint: Path, keep: set[str]) -> None:
+        """Copy a checkpoint soon; afterwards only the names in ``keep`` stay at the target."""
+        staged = self._folder / f"{_STAGED}{checkpoint.name}"
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir()
+        # Links cost no space, and live on when the run removes the checkpoint.
+        for file in checkpoint.iterdir():
+            os.link(file, staged / file.name)
+        with self._changed:
+            if self._waiting is not None:
+                shutil.rmtree(self._waiting[0])
+            self._waiting = (staged, keep)
+            self._changed.notify_all()
+
+    def finish(self, timeout_seconds: float) -> None:
+        """Wait until everything is copied; a warning where that takes longer."""
+        with self._changed:
+            seconds = None if timeout_seconds == float("inf") else timeout_seconds
+            if not self._changed.wait_for(lambda: self._waiting is None and not self._busy, seconds):
+                _log.warning("the last checkpoint is not at %s yet: the disk has it", self._target)
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while self._waiting is None:
+                    self._changed.wait()
+                (staged, keep), self._waiting, self._busy = self._waiting, None, True
+            try:
+                self._copy(staged, keep)
+            except (UserError, OSError) as error:
+                _log.warning("%s is not copied to %s (%s): the run goes on", staged.name, self._target, error)
+            shutil.rmtree(staged, ignore_errors=True)
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
+
+    def _copy(self, staged: Path, keep: set[str]) -> None:
+        name = staged.name.removeprefix(_STAGED)
+        # Last what makes it whole.
+        for file in sorted(staged.iterdir(), key=lambda file: file.name == self._manifest):
+            storage.copy(str(file), storage.join(self._target, f"{name}/{file.name}"))
+        for old in remote_names(self._target):
+            if old not in keep | {name}:
+                # First what makes it whole.
+                storage.remove(storage.join(self._target, f"{old}/{self._manifest}"), missing_ok=True)
+                for path in storage.list_files(storage.join(self._target, old), ""):
+                    storage.remove(path, missing_ok=True)
+
+
+def remote_names(target: str) -> list[str]:
+    """The checkpoints at the target, whole or not, newest first."""
+    names = [path.rstrip("/").rpartition("/")[2] for path in storage.list_files(target, "")]
+    return sorted((name for name in names if name.startswith("step-")), reverse=True)
+
+
+def fetch_newest(target: str, folder: Path, manifest: str, newer_than: str) -> Path | None:
+    """Bring the newest whole checkpoint of the target into the folder, if it is newer than the one named.
+
+    Raises:
+        UserError: the store cannot be read; starting anew would throw the run away.
+    """
+    for name in remote_names(target):
+        if name <= newer_than:
+            return None
+        partial = folder / f".{name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            content = storage.read_bytes(storage.join(target, f"{name}/{manifest}"))
+            for file in json.loads(content):
+                storage.copy(storage.join(target, f"{name}/{file}"), str(partial / file))
+        except (FileNotFoundError, ValueError):
+            shutil.rmtree(partial)
+            continue
+        (partial / manifest).write_bytes(content)
+        shutil.rmtree(folder / name, ignore_errors=True)
+        partial.rename(folder / name)
+        return folder / name
+    return None

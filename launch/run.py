@@ -1,0 +1,57 @@
+"""``deepspeed`` for a cluster that takes nodes back: ``python -m launch.run OPTIONS launch/pretrain.py recipe=...``.
+
+SIGTERM or SIGUSR1 to this command reaches the ranks, and only them: they write a checkpoint, and their exit code, 75,
+is this command's as well. When it ends no process of the run is left. (The ``deepspeed`` command itself dies of the
+signal; its ranks notice, and write their checkpoint, but its exit code is that of the signal.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+from typing import Any
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main(words: list[str]) -> int:
+    """Run ``deepspeed`` with these words; its exit code."""
+    asked = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, lambda *_: asked.set())
+    run = subprocess.Popen(
+        [sys.executable, "-m", "deepspeed.launcher.runner", *words],
+        # A group of its own, so that a signal to this one's group comes once, through here.
+        start_new_session=True,
+        preexec_fn=_in_launcher,
+    )
+    code = _wait(run, asked)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(run.pid, signal.SIGKILL)
+    return code if code >= 0 else 128 - code
+
+
+def _in_launcher() -> None:
+    # The launchers inherit that SIGUSR1, which would end them, is ignored; the ranks take it when they are ready.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    # Should this command be killed outright, so is the launcher: its ranks then write their checkpoint and leave.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _wait(run: subprocess.Popen[Any], asked: threading.Event) -> int:
+    while True:
+        # A rank that is still starting ignores the signal: it is told again.
+        if asked.is_set():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(run.pid, signal.SIGUSR1)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return run.wait(timeout=1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

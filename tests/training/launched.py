@@ -1,0 +1,120 @@
+"""Runs under the real launcher that are met in the middle of it, by signals and kills."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from audiotext_dist.training.tracker import METRICS_FILE
+from tests.training.runs import SMALL
+
+REPOSITORY = Path(__file__).parents[2]
+DEEPSPEED = ("-m", "deepspeed.launcher.runner")
+WRAPPER = ("-m", "launch.run")
+_LIMIT_SECONDS = 240
+
+
+@dataclass(kw_only=True)
+class Launched:
+    """A run in the background. command: the process that a user started."""
+
+    command: subprocess.Popen[str]
+    run_dir: Path
+    output: Path
+
+    def wait_for_step(self, step: int) -> None:
+        """Until so many steps are logged."""
+        metrics = self.run_dir / METRICS_FILE
+        while not (metrics.exists() and len(metrics.read_text().splitlines()) >= step):
+            assert self.command.poll() is None, self.said()
+            time.sleep(0.02)
+
+    def launcher(self) -> psutil.Process:
+        """DeepSpeed's inner launcher, the parent of the ranks."""
+        return next(each for each in self._below() if "deepspeed.launcher.launch" in _words(each))
+
+    def ranks(self) -> list[psutil.Process]:
+        """The ranks, without their workers."""
+        return sorted(self.launcher().children(), key=lambda rank: rank.pid)
+
+    def processes(self) -> list[psutil.Process]:
+        """Everything that the command has started, and the command."""
+        return [psutil.Process(self.command.pid), *self._below()]
+
+    def said(self) -> str:
+        """Both output streams so far."""
+        return self.output.read_text(errors="replace")
+
+    def _below(self) -> list[psutil.Process]:
+        return psutil.Process(self.command.pid).children(recursive=True)
+
+
+@contextlib.contextmanager
+def launched(
+    run_dir: Path, *words: str, launcher: Sequence[str] = DEEPSPEED, options: Sequence[str] = (), num_processes: int = 2
+) -> Iterator[Launched]:
+    """Start a run; what is left of it at the end is killed."""
+    output = Path(tempfile.mkstemp(suffix=".log")[1])
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "RANK", "WORLD"))}
+    options = options or ["--num_accelerators", str(num_processes), "--master_port", str(free_port())]
+    with output.open("w") as log:
+        command = subprocess.Popen(
+            [sys.executable, *launcher, *options, "launch/pretrain.py", *SMALL, f"run_dir={run_dir}", *words],
+            cwd=REPOSITORY,
+            env={**environment, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    seen: set[psutil.Process] = set()
+    run = Launched(command=command, run_dir=run_dir, output=output)
+    try:
+        yield run
+    finally:
+        with contextlib.suppress(psutil.Error):
+            seen.update(run.processes())
+        for process in seen:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        command.wait()
+        output.unlink()
+
+
+def wait_for_all(processes: Sequence[psutil.Process]) -> float:
+    """Until none of them lives; the seconds that it took."""
+    start = time.monotonic()
+    _, alive = psutil.wait_procs(processes, timeout=_LIMIT_SECONDS)
+    assert not alive, alive
+    return time.monotonic() - start
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+def send(process: psutil.Process, number: signal.Signals) -> None:
+    """The signal, to this process alone."""
+    process.send_signal(number)
+
+
+def _words(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []

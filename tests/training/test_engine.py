@@ -1,0 +1,134 @@
+"""What DeepSpeed is told, and what is computed twice to save memory."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from audiotext_dist.distributed import World
+from audiotext_dist.errors import UserError
+from audiotext_dist.models.dual_encoder import ModelInputs
+from audiotext_dist.training.engine import Engine, EngineConfig, deepspeed_config, start_process_group
+from audiotext_dist.training.prepare import prepare
+from audiotext_dist.training.recipe import read_recipe
+from tests.clips import SAMPLE_RATE_HZ
+from tests.ranks import run_on_ranks
+from tests.training.runs import SMALL, write_training_set
+
+
+def told(file: Path) -> dict[str, object]:
+    config = EngineConfig(zero_stage=1, deepspeed_config=str(file))
+    return deepspeed_config(config, global_batch_size=16, world_size=2, gradient_clipping=None)
+
+
+def test_a_file_adds_what_the_recipe_leaves_open(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    given = {
+        "zero_optimization": {"stage": 1, "reduce_bucket_size": 1000},
+        "train_batch_size": "auto",
+        "wall_clock_breakdown": True,
+        "gradient_clipping": 0.0,
+    }
+    file.write_text(json.dumps(given))
+    found = told(file)
+    assert found["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 1000}
+    assert (found["wall_clock_breakdown"], found["train_batch_size"]) == (True, 16)
+
+
+def test_every_key_that_contradicts_the_recipe_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    given = {
+        "zero_optimization": {"stage": 2},
+        "train_batch_size": 32,
+        "gradient_clipping": 1.0,
+        "optimizer": {"type": "Adam"},
+        "wall_clock_breakdown": True,
+    }
+    file.write_text(json.dumps(given))
+    with pytest.raises(UserError) as met:
+        told(file)
+    for phrase in (
+        "zero_optimization.stage=2 there is 1 here, set engine.zero_stage",
+        "train_batch_size=32 there is 16 here",
+        "gradient_clipping=1.0 there is 0.0 here, set optim.gradient_clipping",
+        'optimizer={"type": "Adam"} there has no place here, set optim.name',
+    ):
+        assert phrase in str(met.value)
+    assert "wall_clock" not in str(met.value)
+    file.write_text("[not json")
+    with pytest.raises(UserError, match="cannot be read as JSON"):
+        told(file)
+
+
+def test_stage_3_is_refused_with_a_reason() -> None:
+    with pytest.raises(UserError, match="cuts the weights themselves apart"):
+        EngineConfig(zero_stage=3)
+
+
+def test_activations_that_are_computed_again_give_the_same_gradients(tmp_path: Path) -> None:
+    clips = write_training_set(tmp_path / "train")
+    generator = torch.Generator().manual_seed(0)
+    waveform_NS = torch.randint(-9000, 9000, (3, SAMPLE_RATE_HZ), generator=generator, dtype=torch.int16)
+    gradients, saved_bytes = [], []
+    for again in ("false", "true"):
+        words = [f"data.train.own.shards={clips}", f"run_dir={tmp_path / again}"]
+        model = prepare(read_recipe([*SMALL, *words, f"engine.activation_checkpointing={again}"]), World()).model
+        assert model.text is not None
+        inputs = ModelInputs(
+            waveform_NS=waveform_NS,
+            num_valid_samples_N=torch.full((3,), SAMPLE_RATE_HZ),
+            tokens_NC=model.text.tokenize(["one", "two", "three"]),
+        )
+        saved_bytes.append(0)
+
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            saved_bytes[-1] += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            first_ND, second_ND = model(inputs)
+        (first_ND * second_ND).sum().backward()
+        gradients.append({name: each.grad for name, each in model.named_parameters() if each.grad is not None})
+    assert saved_bytes[1] < 0.7 * saved_bytes[0]
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def weights_after_each_step(rank: int, zero_stage: int, sick_step: int | None) -> list[list[list[float]]]:
+    """Steps of two micro-batches; the sick one's gradients are not finite, and its data come again afterwards."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    config = deepspeed_config(
+        EngineConfig(zero_stage=zero_stage),
+        global_batch_size=8,
+        world_size=1,
+        gradient_clipping=None,
+        num_micro_batches=2,
+    )
+    engine = Engine(model, torch.optim.AdamW(model.parameters(), lr=0.1), config)
+    weights = []
+    for step in range(4):
+        is_sick, after = step == sick_step, sick_step is not None and step > sick_step
+        for x_BD in torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(step - after)):
+            engine.backward((engine(x_BD) ** 2).sum() * (float("nan") if is_sick else 1.0))
+            norm = engine.step()
+        assert math.isfinite(norm) == (not is_sick)  # of the last micro-batch
+        weights.append(model.weight.tolist())  # a tensor's memory would have to outlive its process
+    return weights
+
+
+def compare_accumulated_steps(rank: int) -> list[tuple[list[list[list[float]]], list[list[list[float]]]]]:
+    start_process_group(World())
+    return [(weights_after_each_step(rank, zero, None), weights_after_each_step(rank, zero, 1)) for zero in (0, 1, 2)]
+
+
+def test_a_sick_step_of_several_micro_batches_leaves_no_trace() -> None:
+    for well, sick in run_on_ranks(compare_accumulated_steps, 1)[0]:
+        assert sick[1] == sick[0]
+        assert sick[2] == well[1]
+        assert sick[3] == well[2]
+        assert well[0] != well[1]

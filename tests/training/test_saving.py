@@ -1,0 +1,166 @@
+"""What stays of a run's checkpoints: the last, the best, on a full disk, and in a store."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import fsspec
+import pytest
+from torch import nn
+
+from audiotext_dist.distributed import World
+from audiotext_dist.errors import UserError
+from audiotext_dist.training import checkpoint, saving
+from audiotext_dist.training.saving import CheckpointConfig, Saver
+from tests.object_store import Request, objects, proxy, server, use
+from tests.training.test_checkpoint import START, StateEngine
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def saver_of(run_dir: Path, model: nn.Module | None = None, **config: object) -> Saver:
+    model = nn.Linear(3, 2) if model is None else model
+    given = CheckpointConfig(**{"keep_last": 1, **config})  # type: ignore[arg-type]
+    return Saver(given, StateEngine(), model, run_dir, World(), "name: test\n")  # type: ignore[arg-type]
+
+
+def at(step: int) -> checkpoint.Progress:
+    return dataclasses.replace(START, step=step)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").glob("*") if path.is_dir())
+
+
+@pytest.mark.parametrize(("best_is", "best_step"), [("highest", 3), ("lowest", 2)])
+def test_the_best_one_stays_until_a_better_one_comes(tmp_path: Path, best_is: str, best_step: int) -> None:
+    saver = saver_of(tmp_path, best_metric="recall", best_is=best_is)
+    for step, recall in [(1, 0.2), (2, 0.1), (3, 0.5), (4, 0.5), (5, 0.3), (6, 0.3)]:
+        assert saver.save(at(step))
+        saver.note_metrics(step, {"recall": recall, "other": 1.0})
+    assert names(tmp_path) == [f"step-0000000{best_step}", "step-00000006"]
+    assert json.loads((tmp_path / "checkpoints" / "best.json").read_text())["name"] == f"step-0000000{best_step}"
+
+
+def test_a_metric_that_is_not_evaluated_is_named(tmp_path: Path) -> None:
+    saver = saver_of(tmp_path, best_metric="recal")
+    saver.save(at(1))
+    with pytest.raises(UserError, match="best_metric=recal is not among what is evaluated: give one of recall"):
+        saver.note_metrics(1, {"recall": 1.0})
+
+
+ON_A_FULL_DISK = """
+import os, sys
+from pathlib import Path
+from torch import nn
+from audiotext_dist.training.tracker import Tracker, TrackerConfig
+from tests.training.test_saving import at, names, saver_of
+
+disk = Path(sys.argv[1])
+saver = saver_of(disk, nn.Linear(256, 256), keep_last=2)
+config = TrackerConfig(wandb="disabled")
+tracker = Tracker(config, disk, name="t", recipe={}, start_step=0, wandb_id=None, is_main=True)
+saver.save(at(1))
+for left_bytes in map(int, sys.argv[2:]):
+    with (disk / "other").open("wb", buffering=0) as other:
+        try:
+            while True:
+                other.write(bytes(4096))
+        except OSError as error:
+            print(error.strerror)
+        other.truncate(other.tell() - left_bytes)
+    print(saver.save(at(2)), names(disk))
+    tracker.log(2, {"train/loss": 2.0, "long": "x" * 400000})
+    (disk / "other").unlink()
+    tracker.log(3, {"train/loss": 3.0})
+print(saver.save(at(3)), names(disk))
+print((disk / "metrics.jsonl").read_text())
+"""
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path: Path) -> None:
+    places = [0, 100_000, 280_000]  # full at once, within the weights, after them
+    script = tmp_path / "script.py"
+    script.write_text(ON_A_FULL_DISK)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    run = f"{sys.executable} {script} {disk} {' '.join(map(str, places))}"
+    done = subprocess.run(
+        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", f"mount -t tmpfs -o size=1m x {disk} && {run}"],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "unshare:" in done.stderr or "mount:" in done.stderr:
+        pytest.skip(f"no small disk can be made here: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[:6] == ["No space left on device", "False ['step-00000001']"] * 3
+    assert lines[6] == "True ['step-00000001', 'step-00000003']"
+    assert done.stderr.count("no checkpoint of step 2") == 3
+    assert [json.loads(line)["trainer/step"] for line in lines[7:] if line] == [3, 3, 3]
+
+
+def test_copies_in_a_store_bring_a_run_back_on_an_empty_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    refuse = False
+
+    def fault(request: Request) -> str | None:
+        return "403" if refuse and request.method == "PUT" else None
+
+    with server() as endpoint, proxy(endpoint, fault) as address:  # type: ignore[arg-type]
+        use(monkeypatch, address)
+        fsspec.filesystem("s3").mkdir("runs")
+        config = {"upload_to": "s3://runs/mine", "keep_last": 2}
+        saver = saver_of(tmp_path / "first", **config)
+        for step in (1, 2, 3):
+            assert saver.save(at(step))
+            saver.finish()
+        assert sorted({name.split("/")[1] for name in objects(endpoint, "runs")}) == ["step-00000002", "step-00000003"]
+        refuse = True
+        assert saver.save(at(4))
+        saver.finish()
+        assert "step-00000004 is not copied to s3://runs/mine" in caplog.text
+        refuse = False
+
+        # One that came to no end has no manifest, and is passed over.
+        fsspec.filesystem("s3").pipe_file("runs/mine/step-00000009/model.safetensors", b"half")
+        empty = tmp_path / "second"
+        fetched = saving.fetch(CheckpointConfig(**config), empty, World())  # type: ignore[arg-type]
+        assert fetched is not None
+        assert checkpoint.find_newest_whole(empty, World()) == fetched == empty / "checkpoints" / "step-00000003"
+        for file in fetched.iterdir():
+            assert file.read_bytes() == (tmp_path / "first" / "checkpoints" / fetched.name / file.name).read_bytes()
+        # What the disk has is not fetched again; and a store that cannot be read stops the run.
+        assert saving.fetch(CheckpointConfig(**config), empty, World()) is None  # type: ignore[arg-type]
+        assert names(tmp_path / "first") == ["step-00000003", "step-00000004"]
+    use(monkeypatch, "http://127.0.0.1:1")
+    with pytest.raises(UserError, match=r"checkpoint\.upload_to cannot be read"):
+        saving.fetch(CheckpointConfig(**config), tmp_path / "third", World())  # type: ignore[arg-type]
+
+
+def test_a_copy_that_lags_behind_takes_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with server() as endpoint:
+        use(monkeypatch, endpoint)
+        fsspec.filesystem("s3").mkdir("lagging")
+        saver = saver_of(tmp_path, upload_to="s3://lagging/mine")
+        for step in range(1, 8):
+            saver.save(at(step))
+        saver.finish()
+        assert {name.split("/")[1] for name in objects(endpoint, "lagging")} == {"step-00000007"}
+    assert names(tmp_path) == ["step-00000007"]
+
+
+def test_where_copies_go_is_a_url_without_secrets() -> None:
+    with pytest.raises(UserError, match="upload_to=/tmp/here is no URL"):
+        CheckpointConfig(upload_to="/tmp/here")
+    with pytest.raises(UserError, match="is given with credentials"):
+        CheckpointConfig(upload_to="s3://key:secret@bucket/x")
