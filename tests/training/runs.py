@@ -115,9 +115,9 @@ def _faulty_step(prepared: Prepared, rank: int, faults: Sequence[Fault], states:
     prepared.model.register_forward_hook(spoil_output)
     prepared.model.text.transformer.token_embedding.weight.register_hook(spoil_gradient)
 
-    def step(engine: Any, model: Any, batch: Any, health: Any) -> Any:
+    def step(engine: Any, model: Any, *words: Any) -> Any:
         now["step"] = now["step"] + 1
-        result = real(engine, model, batch, health)
+        result = real(engine, model, *words)
         states.append(_digest(engine, model))
         return result
 
