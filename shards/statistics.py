@@ -27,10 +27,11 @@ from numpy.typing import NDArray
 from audiotext_dist import storage
 from audiotext_dist.configuration import describe, parse
 from audiotext_dist.data.bad_samples import BadSampleError
-from audiotext_dist.data.decode import DecodeConfig, ShardReader, decode_clip
+from audiotext_dist.data.decode import DecodeConfig, decode_clip
 from audiotext_dist.data.index import Shard, load_shards
 from audiotext_dist.data.plan import Slot
 from audiotext_dist.data.sample import AUDIO_MEMBER
+from audiotext_dist.data.shard_reader import ShardReader
 from audiotext_dist.errors import UserError, run_for_people
 from audiotext_dist.models.frontends import INT16_FULL_SCALE, Fbank, FbankConfig
 from shards.passes import default_num_workers, map_shards

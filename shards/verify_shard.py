@@ -14,10 +14,11 @@ import webdataset
 
 from audiotext_dist import storage
 from audiotext_dist.data.bad_samples import BadSampleError
-from audiotext_dist.data.decode import DecodeConfig, ShardReader, decode_clip, decode_metadata
+from audiotext_dist.data.decode import DecodeConfig, decode_clip, decode_metadata
 from audiotext_dist.data.index import Shard, ShardIndex, index_path, scan_tar
 from audiotext_dist.data.plan import Slot
 from audiotext_dist.data.sample import AUDIO_MEMBER, METADATA_MEMBER, ClipMetadata, frame_member
+from audiotext_dist.data.shard_reader import ShardReader
 from audiotext_dist.errors import UserError
 from shards.findings import Finding, Kind
 from shards.passes import fresh_local_copy

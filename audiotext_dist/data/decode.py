@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
-from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -21,19 +18,14 @@ import soundfile
 from numpy.typing import NDArray
 from PIL import Image
 
-from audiotext_dist import storage
 from audiotext_dist.data.bad_samples import BadSampleError
-from audiotext_dist.data.cache import NodeCache, ReadCounts
-from audiotext_dist.data.index import Shard
 from audiotext_dist.data.plan import Slot
-from audiotext_dist.data.sample import AUDIO_MEMBER, METADATA_MEMBER, ClipMetadata, checksum, frame_member
-from audiotext_dist.errors import UserError
+from audiotext_dist.data.sample import AUDIO_MEMBER, METADATA_MEMBER, ClipMetadata, frame_member
+from audiotext_dist.data.shard_reader import ShardReader, Verify
 
 FrameChoice = Literal["none", "random", "middle", "all"]
-Verify = Literal["size", "sha256"]
 # What may stand in a tar by mistake or malice; a picture of this size fills 150 MB.
 MAX_PICTURE_PIXELS = 50_000_000
-MAX_MEMBER_BYTES = 1 << 28
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,108 +96,6 @@ class Clip:
     caption_number: int
     frame_embeddings: NDArray[np.float32] | None = None
     caption_embeddings: NDArray[np.float32] | None = None
-
-
-class ShardReader:
-    """Reads members of shards by ``pread``; opens lazily, so it may cross into worker processes.
-
-    Args:
-        cache: where remote shards are held.
-        verify: what is checked of a local shard when it is first opened: its size, or all of its bytes. Each
-            member's own checksum is checked whenever it is read.
-        max_open_files: least recently used shards are closed above this number.
-    """
-
-    def __init__(
-        self,
-        shards: Sequence[Shard],
-        cache: NodeCache | None = None,
-        *,
-        verify: Verify = "size",
-        max_open_files: int = 128,
-    ) -> None:
-        self._shards = shards
-        self._cache = NodeCache() if cache is None else cache
-        self._counts = ReadCounts()
-        self._verify, self._verified = verify, set[int]()
-        self._max_open_files = max_open_files
-        self._descriptors: OrderedDict[int, int] = OrderedDict()
-
-    def read(self, shard: int, row: int, member: str) -> bytes:
-        """The bytes of one member.
-
-        Raises:
-            BadSampleError: the row has no such member, or not the bytes that the index was made of.
-            UserError: the shard is not the one its index describes.
-        """
-        entry = self._shards[shard].index.entry(row, member)
-        if entry is None:
-            raise BadSampleError(f"it has no {member}", "missing_member")
-        offset, num_bytes, expected = entry
-        if num_bytes > MAX_MEMBER_BYTES:
-            raise BadSampleError(f"{member} has {num_bytes} bytes, more than {MAX_MEMBER_BYTES}", "too_large")
-        content = os.pread(self._descriptor(shard), num_bytes, offset)
-        self._counts.bytes_read += len(content)
-        if len(content) != num_bytes:
-            raise BadSampleError(f"{member} is cut short", "cut_short")
-        if checksum(member, content) != expected:
-            raise BadSampleError(f"{member} has changed since its shard was indexed", "wrong_checksum")
-        return content
-
-    def _descriptor(self, shard: int) -> int:
-        if shard in self._descriptors:
-            self._descriptors.move_to_end(shard)
-            return self._descriptors[shard]
-        path, index = self._shards[shard].path, self._shards[shard].index
-        descriptor = self._cache.open(path, num_bytes=index.shard_bytes, sha256=index.sha256, counts=self._counts)
-        found_bytes = os.fstat(descriptor).st_size
-        if found_bytes != index.shard_bytes:
-            os.close(descriptor)
-            raise UserError(
-                f"{storage.public_name(path)} has {found_bytes} bytes where its index says {index.shard_bytes}: "
-                "build or copy the shard again"
-            )
-        if self._verify == "sha256" and shard not in self._verified:
-            self._check_all_bytes(descriptor, self._shards[shard])
-            self._verified.add(shard)
-        self._descriptors[shard] = descriptor
-        if len(self._descriptors) > self._max_open_files:
-            os.close(self._descriptors.popitem(last=False)[1])
-        return descriptor
-
-    @staticmethod
-    def _check_all_bytes(descriptor: int, shard: Shard) -> None:
-        with open(descriptor, "rb", closefd=False) as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != shard.index.sha256:
-            os.close(descriptor)
-            raise UserError(
-                f"{storage.public_name(shard.path)} has changed since its index was made (SHA-256): "
-                "build or copy the shard again"
-            )
-
-    def take_counts(self) -> ReadCounts:
-        """What reading cost since the last call."""
-        taken, self._counts = self._counts, ReadCounts()
-        return taken
-
-    def close_removed(self) -> None:
-        """Close remote shards that the cache has removed: for as long as they are open, they take up its disk."""
-        for shard, descriptor in list(self._descriptors.items()):
-            if storage.is_remote(self._shards[shard].path) and os.fstat(descriptor).st_nlink == 0:
-                os.close(self._descriptors.pop(shard))
-
-    def close(self) -> None:
-        """Close the shards' files; the next read opens them again."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
-
-    def __del__(self) -> None:
-        self.close()
-
-    def __getstate__(self) -> dict[str, object]:
-        # Descriptors belong to one process.
-        return {**self.__dict__, "_descriptors": OrderedDict()}
 
 
 def clip_uniforms(seed: int, epoch: int, copy: int, dataset: str, key: str) -> NDArray[np.float64]:

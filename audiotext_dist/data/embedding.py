@@ -29,7 +29,7 @@ from audiotext_dist import storage
 from audiotext_dist.data.bad_samples import BadSample, BadSampleError
 from audiotext_dist.data.batch_memory import BatchMemory
 from audiotext_dist.data.cache import NodeCache
-from audiotext_dist.data.decode import Clip, ClipArrays, DecodeConfig, ShardReader, decode_clip
+from audiotext_dist.data.decode import Clip, ClipArrays, DecodeConfig, decode_clip
 from audiotext_dist.data.encoders import Encoder, Modality
 from audiotext_dist.data.features import (
     OFFSETS,
@@ -45,6 +45,7 @@ from audiotext_dist.data.plan import Slot
 from audiotext_dist.data.prefetch import Prefetcher
 from audiotext_dist.data.sample import ClipMetadata
 from audiotext_dist.data.sets import DataConfig
+from audiotext_dist.data.shard_reader import ShardReader
 from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError, require_positive
 from audiotext_dist.models.dual_encoder import DualEncoder

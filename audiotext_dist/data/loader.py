@@ -25,12 +25,13 @@ from audiotext_dist import storage
 from audiotext_dist.data.bad_samples import BadSample, BadSampleError
 from audiotext_dist.data.batch_memory import PREFETCH_FACTOR, BatchArrays, BatchMemory
 from audiotext_dist.data.cache import NodeCache, ReadCounts
-from audiotext_dist.data.decode import Clip, ClipArrays, DecodeConfig, ShardReader, decode_clip
+from audiotext_dist.data.decode import Clip, ClipArrays, DecodeConfig, decode_clip
 from audiotext_dist.data.features import Features
 from audiotext_dist.data.index import Shard
 from audiotext_dist.data.plan import Plan, Slot, evaluation_slots
 from audiotext_dist.data.prefetch import Prefetcher
 from audiotext_dist.data.sample import ClipMetadata
+from audiotext_dist.data.shard_reader import ShardReader
 from audiotext_dist.distributed import World, raise_together
 from audiotext_dist.errors import UserError
 from audiotext_dist.memory import keep_freed_memory

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from audiotext_dist import storage
 from audiotext_dist.data.bad_samples import BadSampleError
 from audiotext_dist.data.cache import NodeCache, default_folder
-from audiotext_dist.data.decode import DecodeConfig, FrameChoice, ShardReader, Verify, decode_metadata
+from audiotext_dist.data.decode import DecodeConfig, FrameChoice, decode_metadata
 from audiotext_dist.data.index import Shard, load_shards
 from audiotext_dist.data.plan import Plan, check_lanes, default_num_lanes
 from audiotext_dist.data.sample import AUDIO_MEMBER, METADATA_MEMBER, ClipMetadata, frame_member
+from audiotext_dist.data.shard_reader import ShardReader, Verify
 from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError, require_positive
 from audiotext_dist.retry import RetryConfig
