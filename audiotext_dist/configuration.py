@@ -29,12 +29,13 @@ def parse(schema: type[Config], words: Sequence[str], yaml_file: str | None = No
     Args:
         schema: a frozen keyword-only dataclass; nested ones and ``dict[str, dataclass]`` are followed.
         words: ``data.train.esc.weight=2``; values are YAML (``[1,2]``, ``null``, ``true``).
-        yaml_file: a file of the same keys, nested.
+        yaml_file: a file of the same keys, nested. ``base: FILE``, relative to its own folder, names another such
+            file, whose keys it changes; a base may have a base.
 
     Raises:
         UserError: one line that names the key and the mend.
     """
-    given = OmegaConf.create() if yaml_file is None else _read_yaml(yaml_file)
+    given = OmegaConf.create() if yaml_file is None else _read_with_bases(yaml_file)
     for word in words:
         _apply(given, word)
     words_keys = [word.partition("=")[0] for word in words]
@@ -70,6 +71,25 @@ def describe(schema: type[Any], prefix: str = "") -> str:
             heading = textwrap.fill(f"{deeper[:-1]}: {meaning}", 110, initial_indent="  ", subsequent_indent="    ")
             lines += ["", heading, describe(inner, deeper)]
     return "\n".join(lines)
+
+
+def _read_with_bases(yaml_file: str, readers: Sequence[Path] = ()) -> DictConfig:
+    """The file's keys over those of its base; readers: the files that led here, each the base of the one before."""
+    found = _read_yaml(yaml_file)
+    base = found.pop("base", None)
+    if base is None:
+        return found
+    if not isinstance(base, str):
+        raise UserError(f"base={base} in {yaml_file} is no file's name: give a path relative to that file")
+    readers = [*readers, Path(yaml_file).resolve()]
+    base_file = Path(yaml_file).parent / base
+    if base_file.resolve() in readers:
+        raise UserError(f"base={base} in {yaml_file} leads back to itself: take it out of one of the files")
+    if not base_file.is_file():
+        raise UserError(f"no base file at {base_file}: mend base={base} in {yaml_file}, relative to that file")
+    merged = OmegaConf.merge(_read_with_bases(str(base_file), readers), found)
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def _read_yaml(yaml_file: str) -> DictConfig:

@@ -81,6 +81,32 @@ def test_wrong_files(tmp_path, content, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_file_changes_its_base_which_lies_relative_to_it(tmp_path):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "root.yaml").write_text("name: root\noptim: {weight_lr: 0.5, momentum: 0.5}\ndata: {num_frames: 3}\n")
+    (tmp_path / "middle.yaml").write_text("base: root.yaml\nname: middle\noptim: {momentum: 0.6}\n")
+    (tmp_path / "rows" / "row.yaml").write_text("base: ../middle.yaml\ndata: {train: {own: {shards: here}}}\n")
+    recipe = read_recipe([f"recipe={tmp_path / 'rows' / 'row.yaml'}", "optim.momentum=0.7"])
+    assert (recipe.name, recipe.optim.weight_lr, recipe.optim.momentum) == ("middle", 0.5, 0.7)
+    assert (recipe.data.num_frames, recipe.data.train["own"].shards) == (3, "here")
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("nowhere.yaml", r"no base file at .*nowhere.yaml: mend base=nowhere.yaml in .*recipe.yaml"),
+        ("recipe.yaml", r"base=recipe.yaml in .* leads back to itself"),
+        ("between.yaml", r"base=recipe.yaml in .*between.yaml leads back to itself"),
+        ("[recipe.yaml]", r"is no file's name: give a path relative to that file"),
+    ],
+)
+def test_wrong_bases(tmp_path, base, message):
+    (tmp_path / "between.yaml").write_text("base: recipe.yaml\n")
+    (tmp_path / "recipe.yaml").write_text(f"base: {base}\nname: test\n")
+    with pytest.raises(UserError, match=message):
+        read_recipe([f"recipe={tmp_path / 'recipe.yaml'}"])
+
+
 def test_words_win_over_the_file_and_the_launchers_word_is_passed_over(tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text("name: filed\ntraining: {num_epochs: 7, seed: 3}\ndata: {train: {own: {shards: here}}}\n")
