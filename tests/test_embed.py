@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from audiotext_dist.data.features import FeatureReader, open_features
+from audiotext_dist.data.feature_files import open_features
+from audiotext_dist.data.features import FeatureReader
 from audiotext_dist.data.index import load_shards
 from audiotext_dist.data.sample import frame_member
 from audiotext_dist.evaluation.metrics import retrieval_metrics

@@ -13,25 +13,21 @@ import hashlib
 import logging
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from audiotext_dist import storage
-from audiotext_dist.data.bad_samples import BadSample, BadSampleError
-from audiotext_dist.data.batch_memory import BatchMemory
-from audiotext_dist.data.cache import NodeCache
-from audiotext_dist.data.decode import Clip, ClipArrays, DecodeConfig, decode_clip
+from audiotext_dist.data.bad_samples import BadSample
+from audiotext_dist.data.batch import Batch
 from audiotext_dist.data.encoders import Encoder, Modality
-from audiotext_dist.data.features import (
+from audiotext_dist.data.feature_files import (
     OFFSETS,
     FeatureFile,
     FeatureHeader,
@@ -40,12 +36,9 @@ from audiotext_dist.data.features import (
     find_feature_files,
 )
 from audiotext_dist.data.index import Shard
-from audiotext_dist.data.loader import Batch, collate, iterate
-from audiotext_dist.data.plan import Slot
-from audiotext_dist.data.prefetch import Prefetcher
-from audiotext_dist.data.sample import ClipMetadata
+from audiotext_dist.data.row_batches import RowBatches
 from audiotext_dist.data.sets import DataConfig
-from audiotext_dist.data.shard_reader import ShardReader
+from audiotext_dist.data.workers import iterate
 from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError, require_positive
 from audiotext_dist.models.dual_encoder import DualEncoder
@@ -186,56 +179,6 @@ def embed_shards(
     return num_bad
 
 
-class RowBatches(Dataset[Batch]):
-    """Every row of some shards, in order; no batch holds rows of two shards.
-
-    A row that does not decode stands there as a blank clip, and is told among the bad samples.
-    """
-
-    def __init__(
-        self, shards: Sequence[Shard], decode: DecodeConfig, batch_size: int, *, cache: NodeCache, world: World
-    ) -> None:
-        self._shards, self._decode = shards, decode
-        self.memory = BatchMemory(batch_size, decode)
-        self._reader = ShardReader(shards, cache)
-        self.rows = [
-            (number, range(start, min(start + batch_size, shard.index.num_samples)))
-            for number, shard in enumerate(shards)
-            for start in range(0, shard.index.num_samples, batch_size)
-        ]
-        ahead = partial(_shards_of, self.rows)
-        self._prefetcher = Prefetcher(cache, shards, ahead, max_bytes=cache.max_bytes // world.local_size)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, number: int) -> Batch:
-        """The batch; its rows are ``rows[number]``."""
-        self._reader.close_removed()
-        self._prefetcher.advance(number)
-        bad_samples: list[BadSample] = []
-        shard, rows = self.rows[number]
-        arrays = self.memory.take()
-        clips = [
-            self._decode_or_blank(Slot(shard=shard, row=row), arrays.clip(place), bad_samples)
-            for place, row in enumerate(rows)
-        ]
-        return collate(clips, arrays, bad_samples, None)
-
-    def _decode_or_blank(self, slot: Slot, into: ClipArrays, bad_samples: list[BadSample]) -> Clip:
-        shard = self._shards[slot.shard]
-        key = shard.index.keys[slot.row]
-        try:
-            return decode_clip(self._reader, key, slot, self._decode, seed=0, epoch=0, into=into)
-        except BadSampleError as error:
-            bad_samples.append(BadSample(storage.public_name(shard.path), key, error.kind, str(error)))
-            return _blank_clip(key, self._decode, into)
-
-
-def _shards_of(rows: Sequence[tuple[int, range]], number: int) -> Iterator[int]:
-    return (shard for shard, _ in rows[number:])
-
-
 def _embed(
     model: DualEncoder, batch: Batch, rows: range, bad: dict[int, str], modalities: Sequence[Modality]
 ) -> Tensors:
@@ -294,22 +237,6 @@ def _write(
     # Claimed, so that what a killed job left of this file is removed.
     with storage.claimed(job.path, wait=True):
         storage.write_bytes(job.path, save(tensors, header.to_metadata()))
-
-
-def _blank_clip(key: str, decode: DecodeConfig, into: ClipArrays) -> Clip:
-    """Silence and black frames, for a row that has nothing else."""
-    into.waveform_S[:], into.frames_LHWC[:] = 0, 0
-    num_frames = decode.num_frames if decode.frames == "all" else 0
-    return Clip(
-        key=key,
-        metadata=ClipMetadata(text=[], recording="", dataset="", duration=0.0, sample_rate=0),
-        waveform=into.waveform_S,
-        num_valid_samples=0,
-        frames=into.frames_LHWC,
-        frame_numbers=list(range(num_frames)),
-        mask_uniforms=np.zeros(4, np.float32),
-        caption_number=-1,
-    )
 
 
 def _to_numpy(tensor: torch.Tensor) -> NDArray[np.float32]:

@@ -1,29 +1,11 @@
-"""What frozen encoders say of a shard, stored beside it: one file a shard, its rows those of the shard's index.
-
-``00000.tar`` has ``00000.NAME.safetensors``, written by ``data/embedding.py``, with any of these tensors, in fp32
-or fp16, of unit length:
-
-    image           [rows, L, D]    every frame
-    audio           [rows, 1, D]    the clip's beginning
-    text            [captions, D]   every caption, row after row
-    text_offsets    int64 [rows + 1]    row r has the captions from text_offsets[r] to before text_offsets[r + 1]
-
-The header says which encoder made it, of which shard, and which rows could not be embedded. All headers are read
-before a run starts, and a file of another encoder or another shard is refused. The rows are read one by one from
-the mapped file; a remote file is first copied to the node, like a shard.
-"""
+"""Rows of feature files beside decoded clips: see ``feature_files.py`` for what these hold."""
 
 from __future__ import annotations
 
-import json
 import os
-import re
-import struct
 from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,162 +16,10 @@ from audiotext_dist import storage
 from audiotext_dist.data.bad_samples import BadSampleError
 from audiotext_dist.data.cache import NodeCache
 from audiotext_dist.data.decode import Clip
-from audiotext_dist.data.encoders import Encoder, Modality
-from audiotext_dist.data.index import SHARD_SUFFIX, Shard
+from audiotext_dist.data.encoders import Modality
+from audiotext_dist.data.feature_files import OFFSETS, FeatureFile, read_feature_file
 from audiotext_dist.data.plan import Slot
 from audiotext_dist.errors import UserError
-from audiotext_dist.retry import RetryConfig
-
-FEATURE_SUFFIX = ".safetensors"
-FEATURE_VERSION = 1
-# safetensors writes several entries in an order that changes from process to process: ours is the only one.
-METADATA_KEY = "features"
-OFFSETS = "text_offsets"
-HEADERS_READ_AT_ONCE = 16
-_FIRST_BYTES = 1 << 14  # most headers are shorter
-
-
-@dataclass(frozen=True, kw_only=True)
-class FeatureHeader:
-    """What a feature file says of itself.
-
-    missing: rows without embeddings, as text, with the reason. dtype: fp32 or fp16. content_sha256: of the tensors.
-    """
-
-    shard: str
-    shard_sha256: str
-    num_rows: int
-    dtype: str
-    encoders: dict[Modality, Encoder]
-    missing: dict[str, str]
-    content_sha256: str
-
-    def to_metadata(self) -> dict[str, str]:
-        """As it is handed to safetensors."""
-        return {METADATA_KEY: json.dumps({"version": FEATURE_VERSION, **asdict(self)}, sort_keys=True)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class FeatureFile:
-    """A feature file's place, size and header."""
-
-    path: str
-    num_bytes: int
-    header: FeatureHeader
-
-    def check_belongs(self, shard: Shard, encoders: dict[Modality, Encoder]) -> None:
-        """Raise ``UserError`` unless these encoders made the file, of this very shard."""
-        header = self.header
-        found = None
-        if header.shard_sha256 != shard.index.sha256 or header.num_rows != shard.index.num_samples:
-            found = (
-                f"of another content of {shard.index.shard_name} ({header.num_rows} clips, {header.shard_sha256[:12]})"
-            )
-        for modality, encoder in encoders.items():
-            if modality not in header.encoders:
-                found = found or f"without {modality}"
-            else:
-                found = found or header.encoders[modality].difference(encoder)
-        if found is not None:
-            raise UserError(
-                f"{storage.public_name(self.path)} was made {found}: embed this set under another name, "
-                "or make these anew with launch/embed.py overwrite=true"
-            )
-
-
-def check_feature_name(name: str, key: str) -> None:
-    """Raise ``UserError`` unless a name can stand in a file's name."""
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-        raise UserError(f"{key}={name} cannot be part of a file's name: use letters, digits, - and _")
-
-
-def feature_path(shard: Shard, name: str, folder: str | None) -> str:
-    """Where a shard's features of this name stand: beside it, or in the folder."""
-    beside, _, shard_name = shard.path.rpartition("/")
-    return storage.join(folder or beside or ".", f"{shard_name.removesuffix(SHARD_SUFFIX)}.{name}{FEATURE_SUFFIX}")
-
-
-def read_feature_file(path: str, retry: RetryConfig | None = None) -> FeatureFile:
-    """The header of a feature file, and no more of it.
-
-    Raises:
-        FileNotFoundError: it is not there.
-        UserError: it is no feature file.
-    """
-    try:
-        start = storage.read_range(path, 0, _FIRST_BYTES, retry)
-        (num_header_bytes,) = struct.unpack("<Q", start[:8])
-        if 8 + num_header_bytes > len(start):
-            start += storage.read_range(path, len(start), 8 + num_header_bytes, retry)
-        tensors = json.loads(start[8 : 8 + num_header_bytes])
-        found = json.loads(tensors.pop("__metadata__")[METADATA_KEY])
-        if found.pop("version") != FEATURE_VERSION:
-            raise ValueError("another version")
-        encoders = {modality: Encoder(**encoder) for modality, encoder in found.pop("encoders").items()}
-        num_bytes = 8 + num_header_bytes + max(tensor["data_offsets"][1] for tensor in tensors.values())
-        if not storage.is_remote(path) and Path(path.removeprefix("file://")).stat().st_size != num_bytes:
-            raise ValueError("cut short")
-        return FeatureFile(path=path, num_bytes=num_bytes, header=FeatureHeader(encoders=encoders, **found))
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"{storage.public_name(path)} is damaged, or no feature file of this version "
-            f"({' '.join(str(error).split())[:100]}): make it anew with launch/embed.py overwrite=true"
-        ) from None
-
-
-def find_feature_files(
-    paths: Sequence[str], retry: RetryConfig | None = None, *, refuse_damaged: bool = True
-) -> list[FeatureFile | None]:
-    """The headers of the files at these paths; None where there is none.
-
-    Raises:
-        UserError: one is no feature file, which counts as none without ``refuse_damaged``.
-    """
-
-    def find(path: str) -> FeatureFile | None:
-        try:
-            return read_feature_file(path, retry)
-        except FileNotFoundError:
-            return None
-        except UserError:
-            if refuse_damaged:
-                raise
-            return None
-
-    with ThreadPoolExecutor(HEADERS_READ_AT_ONCE) as threads:
-        return list(threads.map(find, paths))
-
-
-def open_features(
-    shards: Sequence[Shard],
-    name: str,
-    folder: str | None,
-    encoders: dict[Modality, Encoder],
-    set_name: str,
-    retry: RetryConfig | None = None,
-) -> list[FeatureFile]:
-    """The feature files of a set, one a shard, in the order of the shards, each checked against its shard.
-
-    Args:
-        encoders: by which they must have been made.
-
-    Raises:
-        UserError: one is missing, damaged or stale.
-    """
-    paths = [feature_path(shard, name, folder) for shard in shards]
-    found = find_feature_files(paths, retry)
-    absent = [path for path, file in zip(paths, found, strict=True) if file is None]
-    if absent:
-        raise UserError(
-            f"data set '{set_name}' has no '{name}' features for {len(absent)} of {len(paths)} shards "
-            f"({storage.public_name(absent[0])}): run launch/embed.py features={name} on it to the end"
-        )
-    files = [file for file in found if file is not None]
-    for file, shard in zip(files, shards, strict=True):
-        file.check_belongs(shard, encoders)
-    return files
 
 
 class FeatureReader:

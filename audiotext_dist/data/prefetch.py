@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 
 from audiotext_dist import storage
-from audiotext_dist.data.cache import NodeCache, ReadCounts
+from audiotext_dist.data.cache import NodeCache
 from audiotext_dist.data.index import Shard
+from audiotext_dist.data.read_counts import ReadCounts
 from audiotext_dist.errors import UserError
 
 Upcoming = Callable[[int], Iterable[int]]
+
+
+def each_in_turn(shards_of_batches: Sequence[Sequence[int]], number: int) -> Iterable[int]:
+    """The shards that stand in a list of batches from one of these on: ``Upcoming`` where no plan says it."""
+    return itertools.chain.from_iterable(itertools.islice(shards_of_batches, number, None))
 
 
 class Prefetcher:

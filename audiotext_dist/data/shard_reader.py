@@ -10,8 +10,9 @@ from typing import Literal
 
 from audiotext_dist import storage
 from audiotext_dist.data.bad_samples import BadSampleError
-from audiotext_dist.data.cache import NodeCache, ReadCounts
+from audiotext_dist.data.cache import NodeCache
 from audiotext_dist.data.index import Shard
+from audiotext_dist.data.read_counts import ReadCounts
 from audiotext_dist.data.sample import checksum
 from audiotext_dist.errors import UserError
 

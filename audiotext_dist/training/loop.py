@@ -20,7 +20,9 @@ from tqdm import tqdm
 
 from audiotext_dist import configuration, storage
 from audiotext_dist.data.bad_samples import BadSampleCount
-from audiotext_dist.data.loader import Batch, TrainingBatches, in_step, iterate
+from audiotext_dist.data.batch import Batch
+from audiotext_dist.data.loader import TrainingBatches
+from audiotext_dist.data.workers import in_step, iterate
 from audiotext_dist.distributed import World, any_over_ranks, barrier, gather_items
 from audiotext_dist.errors import UserError
 from audiotext_dist.evaluation import report

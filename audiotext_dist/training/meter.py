@@ -7,8 +7,8 @@ import dataclasses
 import time
 from collections.abc import Iterator
 
-from audiotext_dist.data.cache import ReadCounts
-from audiotext_dist.data.loader import Batch
+from audiotext_dist.data.batch import Batch
+from audiotext_dist.data.read_counts import ReadCounts
 from audiotext_dist.distributed import World, min_and_max_over_ranks, sums_over_ranks
 
 

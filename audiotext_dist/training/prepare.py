@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from audiotext_dist.data.encoders import Encoder, Modality, encoder_of
-from audiotext_dist.data.features import FeatureReader, Features, open_features
+from audiotext_dist.data.feature_files import open_features
+from audiotext_dist.data.features import FeatureReader, Features
 from audiotext_dist.data.index import Shard
 from audiotext_dist.data.plan import Plan
 from audiotext_dist.data.sets import SetConfig, make_plan, open_sets, warn_of_small_cache

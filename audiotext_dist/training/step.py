@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from audiotext_dist.data.loader import Batch
+from audiotext_dist.data.batch import Batch
 from audiotext_dist.distributed import mean_over_ranks
 from audiotext_dist.errors import UserError
 from audiotext_dist.losses.config import LossConfig

@@ -34,11 +34,12 @@ import soundfile
 import torch
 
 from audiotext_dist.data.index import Shard, ShardIndex, load_shards
-from audiotext_dist.data.loader import TrainingBatches, iterate
+from audiotext_dist.data.loader import TrainingBatches
 from audiotext_dist.data.plan import Plan
 from audiotext_dist.data.sample import Sample
 from audiotext_dist.data.sets import DataConfig, SetConfig, make_plan, open_sets
 from audiotext_dist.data.shard_reader import ShardReader
+from audiotext_dist.data.workers import iterate
 from audiotext_dist.distributed import World
 from shards.media import MediaConfig, try_clip
 from shards.record import Record

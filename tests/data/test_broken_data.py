@@ -19,12 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from audiotext_dist.data.bad_samples import BadKind, BadSample, BadSampleCount, BadSampleError
+from audiotext_dist.data.batch import Batch
 from audiotext_dist.data.decode import DecodeConfig, decode_clip, decode_metadata, square_frame
 from audiotext_dist.data.index import Shard, index_path, load_shards, scan_tar
-from audiotext_dist.data.loader import Batch, TrainingBatches, iterate
+from audiotext_dist.data.loader import TrainingBatches
 from audiotext_dist.data.plan import Slot
 from audiotext_dist.data.sets import DataConfig, SetConfig, make_plan, open_sets
 from audiotext_dist.data.shard_reader import ShardReader
+from audiotext_dist.data.workers import iterate
 from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError
 from tests.clips import FRAME_PIXELS, SAMPLE_RATE_HZ, make_sample, write_shards

@@ -19,7 +19,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from audiotext_dist.data.cache import NodeCache, ReadCounts
+from audiotext_dist.data.cache import NodeCache
+from audiotext_dist.data.read_counts import ReadCounts
 from audiotext_dist.errors import UserError
 from audiotext_dist.retry import MAX_PAUSE_SECONDS, RetryConfig
 from tests.object_store import Fault, Request, proxy

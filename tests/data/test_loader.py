@@ -10,9 +10,10 @@ import torch
 
 from audiotext_dist.data.decode import clip_uniforms
 from audiotext_dist.data.index import index_path, load_shards
-from audiotext_dist.data.loader import EvaluationBatches, TrainingBatches, iterate
+from audiotext_dist.data.loader import EvaluationBatches, TrainingBatches
 from audiotext_dist.data.sample import AUDIO_MEMBER
 from audiotext_dist.data.sets import DataConfig, SetConfig, make_plan, open_sets
+from audiotext_dist.data.workers import iterate
 from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError
 from tests.clips import FRAME_PIXELS, SAMPLE_RATE_HZ, make_sample, write_shards

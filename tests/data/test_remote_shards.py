@@ -18,11 +18,14 @@ import pytest
 import torch
 
 from audiotext_dist import storage
-from audiotext_dist.data.cache import NodeCache, ReadCounts
+from audiotext_dist.data.batch import Batch
+from audiotext_dist.data.cache import NodeCache
 from audiotext_dist.data.index import Shard, load_shards
-from audiotext_dist.data.loader import Batch, EvaluationBatches, TrainingBatches, in_step, iterate
+from audiotext_dist.data.loader import EvaluationBatches, TrainingBatches
 from audiotext_dist.data.plan import Plan
+from audiotext_dist.data.read_counts import ReadCounts
 from audiotext_dist.data.sets import DataConfig, SetConfig, make_plan, warn_of_small_cache
+from audiotext_dist.data.workers import in_step, iterate
 from audiotext_dist.distributed import World, sums_over_ranks
 from audiotext_dist.errors import UserError
 from audiotext_dist.retry import RetryConfig
@@ -137,7 +140,7 @@ def test_a_fetch_from_s3_goes_on_with_the_piece_that_failed(
             asked.append(request.number)
         return "cut" if request.method == "GET" and request.number == 3 else None
 
-    monkeypatch.setattr(storage, "BLOCK_BYTES", -(-len(content) // num_pieces))
+    monkeypatch.setattr("audiotext_dist.storage.reading.BLOCK_BYTES", -(-len(content) // num_pieces))
     with proxy(store, cut_the_fourth) as endpoint:
         use(monkeypatch, endpoint)
         (shard,) = load_shards(str(folder / "00003.tar"))

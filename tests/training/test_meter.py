@@ -6,8 +6,8 @@ import copy
 
 import torch
 
-from audiotext_dist.data.cache import ReadCounts
-from audiotext_dist.data.loader import Batch
+from audiotext_dist.data.batch import Batch
+from audiotext_dist.data.read_counts import ReadCounts
 from audiotext_dist.distributed import World
 from audiotext_dist.training.meter import Meter
 

@@ -1,0 +1,110 @@
+"""Batches made ahead by plain DataLoader workers, which live as long as the run."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from audiotext_dist.data.batch import Batch
+from audiotext_dist.data.batch_memory import PREFETCH_FACTOR, BatchMemory
+from audiotext_dist.distributed import raise_together
+from audiotext_dist.errors import UserError
+from audiotext_dist.memory import keep_freed_memory
+
+_ELSEWHERE = torch.empty(0, dtype=torch.uint8)
+
+
+class Batches(Protocol):
+    """Batches by number, in arrays of one memory."""
+
+    memory: BatchMemory
+
+    def __getitem__(self, number: int) -> Batch: ...
+
+
+class _InWorker(Dataset[tuple[Batch, tuple[int, int]] | UserError]):
+    """Batches as a worker hands them over: without the arrays, but with their place in its ring.
+
+    A ``UserError`` is an item too: raised in a worker, it would come back wrapped in a traceback.
+    """
+
+    def __init__(self, batches: Batches) -> None:
+        self._batches = batches
+
+    def __getitem__(self, number: int) -> tuple[Batch, tuple[int, int]] | UserError:
+        try:
+            batch = self._batches[number]
+        except UserError as error:
+            return error
+        place = self._batches.memory.taken_last()
+        return dataclasses.replace(batch, waveform_BS=_ELSEWHERE, frames_BLHWC=_ELSEWHERE), place
+
+
+def iterate(batches: Batches, numbers: range, *, num_workers: int, device: torch.device) -> Iterator[Batch]:
+    """The batches of these numbers, in order, decoded ahead by the workers, on the device."""
+    made = _made_by_workers(batches, numbers, num_workers) if num_workers else _made_here(batches, numbers)
+    for batch in made:
+        yield (batch.pin_memory() if device.type == "cuda" else batch).to(device)
+
+
+def _made_here(batches: Batches, numbers: range) -> Iterator[Batch]:
+    keep_freed_memory()
+    try:
+        yield from map(batches.__getitem__, numbers)
+    except UserError as error:
+        error.on_every_rank = False
+        raise
+
+
+def _made_by_workers(batches: Batches, numbers: range, num_workers: int) -> Iterator[Batch]:
+    batches.memory.share(num_workers)
+    loader = DataLoader(
+        _InWorker(batches),
+        batch_size=None,
+        sampler=numbers,
+        num_workers=num_workers,
+        prefetch_factor=PREFETCH_FACTOR,
+        multiprocessing_context="fork",  # by which the workers have the rings
+        worker_init_fn=_start_worker,
+    )
+    for item in loader:
+        if isinstance(item, UserError):
+            item.on_every_rank = False
+            raise item
+        batch, (worker, place) = item
+        arrays = batches.memory.at(worker, place).first(len(batch.keys)).copy()
+        yield dataclasses.replace(
+            batch,
+            waveform_BS=torch.from_numpy(arrays.waveform_BS),
+            frames_BLHWC=torch.from_numpy(arrays.frames_BLHWC),
+        )
+
+
+def _start_worker(_: int) -> None:
+    keep_freed_memory()
+    # A launcher signals workers as well; a rank that is asked to stop still needs its own until the step's end.
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def in_step(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches; a rank that cannot have its next one ends the others as well, instead of leaving them to wait.
+
+    Raises:
+        UserError: on every rank, what one of them has met.
+    """
+    while True:
+        batch, error = None, None
+        try:
+            batch = next(batches, None)
+        except UserError as met:
+            error = met
+        raise_together(error)
+        if batch is None:
+            return
+        yield batch
