@@ -4,6 +4,9 @@
 
 Two parts change, and both start from the image weights: the patch convolution (three channels to one, a
 finer stride) and the grid of positional embeddings (7x7 to 61x5 for ViT-B/32).
+
+For Multiframe Match the tower gives several embeddings a clip, one for each part of its sound in time. Its
+parameters are the same ones, so a tower that was trained either way loads into the other.
 """
 
 from __future__ import annotations
@@ -11,12 +14,14 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from audiotext_dist.errors import UserError
+from audiotext_dist.errors import UserError, require_positive
 from audiotext_dist.models.clip import create_clip
 from audiotext_dist.models.frontends import Fbank, FbankConfig
 
@@ -37,7 +42,12 @@ class AudioTowerConfig:
     init_from_image: bool = False
     stride_frames: int = 16
     stride_bins: int = 24
+    num_outputs: int = 1
+    outputs: Literal["segments", "tokens"] = "segments"
     fbank: FbankConfig = field(default_factory=FbankConfig)
+
+    def __post_init__(self) -> None:
+        require_positive(self, "model.audio", "num_outputs")
 
 
 class ChannelMeanConv(nn.Module):
@@ -64,6 +74,8 @@ class AudioTower(nn.Module):
     def __init__(self, config: AudioTowerConfig, sample_rate_hz: int, visual: nn.Module) -> None:
         """``visual``: an open_clip image tower to start from; it is copied."""
         super().__init__()
+        self.config = config
+        self.num_outputs = config.num_outputs
         self.fbank = Fbank(config.fbank, sample_rate_hz)
         self.transformer = audio_transformer_from(visual, config)
         self.embed_dim: int = self.transformer.output_dim
@@ -71,9 +83,69 @@ class AudioTower(nn.Module):
     def forward(
         self, waveform_NS: Tensor, num_valid_samples_N: Tensor, mask_uniforms_N4: Tensor | None = None
     ) -> Tensor:
-        """As ``Fbank.forward``; returns [N, embed_dim]."""
-        embedding_ND: Tensor = self.transformer(self.fbank(waveform_NS, num_valid_samples_N, mask_uniforms_N4))
-        return embedding_ND
+        """As ``Fbank.forward``; returns [N, embed_dim], or [N, num_outputs, embed_dim] where these are several."""
+        fbank_N1TF = self.fbank(waveform_NS, num_valid_samples_N, mask_uniforms_N4)
+        if self.num_outputs == 1:
+            embedding_ND: Tensor = self.transformer(fbank_N1TF)
+            return embedding_ND
+        num_valid_frames_N = self.fbank.is_valid_frame(num_valid_samples_N).sum(dim=1)
+        match self.config.outputs:
+            case "segments":
+                return self._encode_segments(fbank_N1TF, num_valid_frames_N)
+            case "tokens":
+                return self._pool_tokens(fbank_N1TF, num_valid_frames_N)
+
+    def _encode_segments(self, fbank_N1TF: Tensor, num_valid_frames_N: Tensor) -> Tensor:
+        """Each segment as a clip of its own, whose positions are the whole clip's, resized; [N, L, D]."""
+        segments_MTF = cut_segments(fbank_N1TF[:, 0], num_valid_frames_N, self.num_outputs).flatten(0, 1)
+        transformer = self.transformer
+        grid = _patch_grid(segments_MTF.shape[1], segments_MTF.shape[2], transformer.patch_size, self.config)
+        # Antialiased: else the gradient would reach only some rows of the grid.
+        positions = resize_position_grid(transformer.positional_embedding, transformer.grid_size, grid, antialias=True)
+        embedding_MD: Tensor = functional_call(
+            transformer, {"positional_embedding": positions}, (segments_MTF.unsqueeze(1),)
+        )
+        return embedding_MD.reshape(len(fbank_N1TF), self.num_outputs, -1)
+
+    def _pool_tokens(self, fbank_N1TF: Tensor, num_valid_frames_N: Tensor) -> Tensor:
+        """The mean of the patch tokens of each part, normalised and projected as the CLS token is; [N, L, D]."""
+        transformer, (grid_frames, grid_bins) = self.transformer, self.transformer.grid_size
+        tokens_NPC = transformer.transformer(transformer._embeds(fbank_N1TF))[:, 1:]
+        tokens_NGC = tokens_NPC.unflatten(1, (grid_frames, grid_bins)).mean(dim=2)
+        patch_frames = transformer.patch_size[0]
+        num_valid_N = 1 + (num_valid_frames_N - patch_frames).clamp(min=0) // self.config.stride_frames
+        share_NLG = part_shares(num_valid_N, self.num_outputs, grid_frames)
+        embedding_NLD: Tensor = transformer.ln_post(share_NLG.to(tokens_NGC.dtype) @ tokens_NGC) @ transformer.proj
+        return embedding_NLD
+
+
+def cut_segments(fbank_NTF: Tensor, num_valid_N: Tensor, num_segments: int) -> Tensor:
+    """Equal parts of each clip's sound, [N, num_segments, ceil(T / num_segments), F]; 0 after a part's end.
+
+    The frames of a clip are spread over its sound, so its padding belongs to no part.
+    """
+    length = math.ceil(fbank_NTF.shape[1] / num_segments)
+    edge = torch.arange(num_segments + 1, device=num_valid_N.device)
+    edges_NL = num_valid_N[:, None] * edge // num_segments
+    place_T = torch.arange(length, device=num_valid_N.device)
+    index_NLT = edges_NL[:, :-1, None] + place_T
+    blank_NLT = index_NLT >= edges_NL[:, 1:, None]
+    row_N11 = torch.arange(len(fbank_NTF), device=num_valid_N.device)[:, None, None]
+    segments_NLTF = fbank_NTF[row_N11, index_NLT.clamp(max=fbank_NTF.shape[1] - 1)]
+    return segments_NLTF.masked_fill(blank_NLT[..., None], 0.0)
+
+
+def part_shares(num_valid_N: Tensor, num_parts: int, num_places: int) -> Tensor:
+    """What each place in time counts in the mean of each part, [N, num_parts, num_places], rows of sum 1.
+
+    Parts share the first ``num_valid_N`` places as evenly as whole places allow, and none is empty.
+    """
+    part_L = torch.arange(num_parts, device=num_valid_N.device)
+    first_NL = num_valid_N[:, None] * part_L // num_parts
+    end_NL = -(-num_valid_N[:, None] * (part_L + 1) // num_parts)
+    place_G = torch.arange(num_places, device=num_valid_N.device)
+    is_in_NLG = (place_G >= first_NL[..., None]) & (place_G < end_NL[..., None])
+    return is_in_NLG / is_in_NLG.sum(dim=-1, keepdim=True)
 
 
 def create_audio_tower(config: AudioTowerConfig, sample_rate_hz: int) -> AudioTower:
@@ -105,12 +177,14 @@ def audio_transformer_from(visual: nn.Module, config: AudioTowerConfig) -> Visio
             f"a patch of {patch_frames}x{patch_bins} does not fit an FBANK of {num_frames}x{num_bins}: "
             "raise fbank.num_fbank_frames or fbank.num_mel_bins, or choose a model with smaller patches"
         )
+    if config.outputs == "segments" and patch_frames * config.num_outputs > num_frames:
+        raise UserError(
+            f"a patch of {patch_frames} frames does not fit {config.num_outputs} segments of {num_frames} frames: "
+            "raise fbank.num_fbank_frames, lower num_outputs, or set outputs=tokens"
+        )
     if config.stride_frames < 1 or config.stride_bins < 1:
         raise UserError(f"patch stride {config.stride_frames}x{config.stride_bins}: give values above 0")
-    grid = (
-        (num_frames - patch_frames) // config.stride_frames + 1,
-        (num_bins - patch_bins) // config.stride_bins + 1,
-    )
+    grid = _patch_grid(num_frames, num_bins, visual.patch_size, config)
     transformer = copy.deepcopy(visual).train().requires_grad_(True)
     positional_embedding = resize_position_grid(transformer.positional_embedding.detach(), visual.grid_size, grid)
     transformer.positional_embedding = nn.Parameter(positional_embedding)
@@ -119,7 +193,19 @@ def audio_transformer_from(visual: nn.Module, config: AudioTowerConfig) -> Visio
     return transformer
 
 
-def resize_position_grid(positional_embedding: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+def _patch_grid(
+    num_frames: int, num_bins: int, patch_size: tuple[int, int], config: AudioTowerConfig
+) -> tuple[int, int]:
+    """Patches in time and in frequency."""
+    return (
+        (num_frames - patch_size[0]) // config.stride_frames + 1,
+        (num_bins - patch_size[1]) // config.stride_bins + 1,
+    )
+
+
+def resize_position_grid(
+    positional_embedding: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], *, antialias: bool = False
+) -> Tensor:
     """Bilinear resize of a positional grid, without aligned corners; the CLS row is kept.
 
     Args:
@@ -133,5 +219,7 @@ def resize_position_grid(positional_embedding: Tensor, old_grid: tuple[int, int]
     assert positional_embedding.shape[0] == 1 + math.prod(old_grid)
     cls_1C, grid_PC = positional_embedding[:1], positional_embedding[1:]
     grid_1CHW = grid_PC.T.reshape(1, -1, *old_grid)
-    grid_1CHW = nn.functional.interpolate(grid_1CHW, new_grid, mode="bilinear", align_corners=False)
+    grid_1CHW = nn.functional.interpolate(
+        grid_1CHW, new_grid, mode="bilinear", align_corners=False, antialias=antialias
+    )
     return torch.cat([cls_1C, grid_1CHW.flatten(2)[0].T])

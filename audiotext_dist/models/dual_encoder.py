@@ -1,6 +1,6 @@
 """Two towers and a temperature: the one model of every recipe. The task says which two.
 
-Shapes: N rows of a batch, D embedding, S samples, H and W picture, C context length.
+Shapes: N rows of a batch, D embedding, S samples, L frames, H and W picture, C context length.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class ModelInputs:
     """A batch as the towers read it; None where the task does not need it.
 
     waveform_NS: int16, or float in [-1, 1]. mask_uniforms_N4: see ``Fbank.forward``; None at evaluation.
-    frames_NHWC: uint8 RGB. tokens_NC: from ``TextTower.tokenize``. image_embeddings_ND, text_embeddings_ND: what a
-    frozen tower said already, which is not asked again.
+    frames_NHWC: uint8 RGB, or [N, L, H, W, 3] where every frame counts. tokens_NC: from ``TextTower.tokenize``.
+    image_embeddings_ND (or [N, L, D]), text_embeddings_ND: what a frozen tower said already, which is not asked again.
     """
 
     waveform_NS: Tensor | None = None
@@ -107,17 +107,20 @@ class DualEncoder(nn.Module):
         self.logit_bias = None if bias is None else nn.Parameter(torch.full((1,), bias))
 
     def forward(self, inputs: ModelInputs) -> tuple[Tensor, Tensor]:
-        """The task's two sides in the order of its name, each float32 [N, D] of unit length."""
+        """The task's two sides in the order of its name, each float32 [N, D] of unit length.
+
+        Where every frame was given, the image side is [N, L, D], or both sides [N, L * D] under Multiframe Match.
+        """
         sides = []
         if self.audio is not None:
             assert inputs.waveform_NS is not None
             assert inputs.num_valid_samples_N is not None
             sides.append(self.embed_audio(inputs.waveform_NS, inputs.num_valid_samples_N, inputs.mask_uniforms_N4))
         if inputs.image_embeddings_ND is not None:
-            sides.append(unit_length(inputs.image_embeddings_ND))
+            sides.append(self.joined(unit_length(inputs.image_embeddings_ND)))
         elif self.image is not None:
             assert inputs.frames_NHWC is not None
-            sides.append(self.embed_images(inputs.frames_NHWC))
+            sides.append(self.joined(self.embed_images(inputs.frames_NHWC)))
         if inputs.text_embeddings_ND is not None:
             sides.append(unit_length(inputs.text_embeddings_ND))
         elif self.text is not None:
@@ -129,18 +132,37 @@ class DualEncoder(nn.Module):
     def embed_audio(
         self, waveform_NS: Tensor, num_valid_samples_N: Tensor, mask_uniforms_N4: Tensor | None = None
     ) -> Tensor:
-        """As ``Fbank.forward``; float32 [N, D] of unit length."""
+        """As ``Fbank.forward``; float32 [N, D] of unit length.
+
+        The outputs of a tower with several are one vector [N, L * D] beside an image tower, else their mean.
+        """
         assert self.audio is not None
         with self._precision(waveform_NS.device):
             embedding_ND = self.audio(waveform_NS, num_valid_samples_N, mask_uniforms_N4)
-        return unit_length(embedding_ND)
+        if embedding_ND.ndim == 3 and not self.matches_all_frames:
+            embedding_ND = embedding_ND.float().mean(dim=1)
+        return unit_length(embedding_ND.flatten(1))
 
     def embed_images(self, frames_NHWC: Tensor) -> Tensor:
-        """uint8 RGB [N, H, W, 3] -> float32 [N, D] of unit length."""
+        """uint8 RGB [N, H, W, 3] -> float32 [N, D] of unit length; [N, L, H, W, 3] -> [N, L, D]."""
         assert self.image is not None
         with self._precision(frames_NHWC.device):
-            embedding_ND = self.image(frames_NHWC)
-        return unit_length(embedding_ND)
+            embedding_ND = self.image(frames_NHWC.flatten(0, -4))
+        return unit_length(embedding_ND.unflatten(0, frames_NHWC.shape[:-3]))
+
+    @property
+    def matches_all_frames(self) -> bool:
+        """True under Multiframe Match (Temporal agreement, Eq. 4)."""
+        return self.image is not None and self.audio is not None and self.audio.num_outputs > 1
+
+    def joined(self, frames_NLD: Tensor) -> Tensor:
+        """All frames as one unit vector [N, L * D] under Multiframe Match, whose cosine is Eq. 4; else as they are.
+
+        Each frame has length 1 before, as feature files hold it: CLIP's own lengths hardly differ.
+        """
+        if not self.matches_all_frames or frames_NLD.ndim == 2:
+            return frames_NLD
+        return unit_length(frames_NLD.flatten(1))
 
     def embed_text(self, tokens_NC: Tensor) -> Tensor:
         """int64 [N, C] from ``TextTower.tokenize`` -> float32 [N, D] of unit length."""
