@@ -8,25 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import nn
 from tqdm import tqdm
 
 from audiotext_dist import configuration, storage
 from audiotext_dist.data.bad_samples import BadSampleCount
-from audiotext_dist.data.batch import Batch
-from audiotext_dist.data.loader import TrainingBatches
-from audiotext_dist.data.workers import in_step, iterate
-from audiotext_dist.distributed import World, any_over_ranks, barrier, gather_items
+from audiotext_dist.data.workers import in_step
+from audiotext_dist.distributed import any_over_ranks, barrier, gather_items
 from audiotext_dist.errors import UserError
 from audiotext_dist.evaluation import report
-from audiotext_dist.evaluation.retrieval import RetrievalResult, evaluate_set
+from audiotext_dist.evaluation.retrieval import RetrievalResult
 from audiotext_dist.training import checkpoint
 from audiotext_dist.training.checkpoint import Progress
 from audiotext_dist.training.engine import Engine, start_process_group
@@ -36,8 +29,9 @@ from audiotext_dist.training.meter import Meter
 from audiotext_dist.training.optim import build_optimizer, named_learning_rates, schedule, set_learning_rates
 from audiotext_dist.training.preemption import EXIT_PREEMPTED, StopRequest
 from audiotext_dist.training.prepare import Prepared
-from audiotext_dist.training.saving import Saver, fetch
-from audiotext_dist.training.step import StepResult, check_finite_weights, train_step
+from audiotext_dist.training.saving import Saver, resume
+from audiotext_dist.training.step import StepResult, check_finite_weights, seed_step, train_step
+from audiotext_dist.training.step_log import progress_line, step_metrics
 from audiotext_dist.training.tracker import Tracker, read_metrics
 
 _log = logging.getLogger(__name__)
@@ -74,8 +68,7 @@ def _train(prepared: Prepared, stop: StopRequest) -> list[RetrievalResult]:
     )
     progress = prepared.start()
     if recipe.training.resume == "auto":
-        fetch(recipe.checkpoint, run_dir, world)
-        progress = _resume(engine, model, run_dir, progress, world)
+        progress = resume(recipe.checkpoint, engine, model, run_dir, progress, world)
     # Only now is it sure that the folder's earlier run, if any, goes on as this recipe says.
     if world.is_main:
         storage.write_bytes(str(run_dir / checkpoint.RECIPE_FILE), configuration.to_yaml(recipe).encode())
@@ -93,19 +86,6 @@ def _train(prepared: Prepared, stop: StopRequest) -> list[RetrievalResult]:
         report.draw_loss(read_metrics(run_dir), run_dir)
         tracker.close()
     return results
-
-
-def _resume(engine: Engine, model: nn.Module, run_dir: Path, start: Progress, world: World) -> Progress:
-    newest = checkpoint.find_newest_whole(run_dir, world)
-    if newest is None:
-        return start
-    progress = checkpoint.load(engine, model, newest, start)
-    if world.is_main:
-        checkpoint.remove_newer(newest)
-        _log.info("resumed from %s: step %d, epoch %d", newest, progress.step, progress.epoch + 1)
-        if progress.world_size != world.size:
-            _log.info("%d processes go on where %d stopped", world.size, progress.world_size)
-    return progress
 
 
 class _Run:
@@ -150,9 +130,9 @@ class _Run:
         ) as bar:
             meter = Meter(self._world, recipe.training.global_batch_size)
             self._engine.train()
-            for batch in in_step(meter.waiting_for(self._batches())):
+            for batch in in_step(meter.waiting_for(self._prepared.batches(range(self._step, self._last_step)))):
                 self._set_learning_rates()
-                self._seed_step()
+                seed_step(recipe.training.seed, self._step, self._world.rank)
                 result = train_step(
                     self._engine, model, batch, self._health, recipe.loss, recipe.training.autocast_dtype
                 )
@@ -192,54 +172,18 @@ class _Run:
         )
         set_learning_rates(self._engine.param_groups, share)
 
-    def _seed_step(self) -> None:
-        """Dropout's numbers come from the seed, the step and the rank alone: a run that goes on draws what it would
-        have drawn, without any saved state, and no two ranks draw the same.
-        """
-        words = np.random.SeedSequence([self._recipe.training.seed, self._step, self._world.rank])
-        torch.manual_seed(int(words.generate_state(1, np.uint64)[0] >> 1))
-
     def _is_due(self, every_epochs: int, every_steps: int | None = None) -> bool:
         return self._step % (every_epochs * self._steps_an_epoch) == 0 or bool(
             every_steps and self._step % every_steps == 0
         )
 
-    def _batches(self) -> Iterator[Batch]:
-        prepared, data = self._prepared, self._recipe.data
-        text = prepared.model.text
-        batches = TrainingBatches(
-            prepared.train_sets,
-            prepared.plan,
-            data.decode_config(
-                audio="audio" in self._recipe.task,
-                frames="random" if "image" in self._recipe.task else "none",
-                frame_pixels=prepared.model.frame_pixels,
-                random=True,
-            ),
-            seed=self._recipe.training.seed,
-            world=self._world,
-            tokenize=None if text is None or data.caption_features is not None else text.tokenize,
-            features=prepared.train_features,
-            cache=data.node_cache(),
-        )
-        steps_left = range(self._step, self._last_step)
-        return iterate(batches, steps_left, num_workers=data.num_workers, device=self._world.device)
-
     def _log_step(self, result: StepResult, meter: Meter, bar: tqdm) -> None:
-        epoch = self._step / self._steps_an_epoch
-        read = meter.read()
+        epoch, read = self._step / self._steps_an_epoch, meter.read()
         learning_rates = named_learning_rates(self._engine.param_groups)
-        measured = {
-            "train/loss": result.loss,
-            **{f"train/{name}": value for name, value in result.figures.items()},
-            "train/logit_scale": result.logit_scale,
-            "optim/gradient_norm": result.gradient_norm,
-        }
         self._tracker.log(
             self._step,
             {
-                # JSON knows no other numbers than finite ones.
-                **{name: value for name, value in measured.items() if value is not None and math.isfinite(value)},
+                **step_metrics(result),
                 **self._health.metrics(),
                 "train/epoch": epoch,
                 **learning_rates,
@@ -247,13 +191,7 @@ class _Run:
                 **{f"data/{name}": count for name, count in self._bad_samples.check().items()},
             },
         )
-        shown = (
-            f"epoch {epoch:.1f}, loss {result.loss:.3f}, lr {next(iter(learning_rates.values())):.1e}, "
-            f"{read['clips_per_second']:.0f} clips/s, {read['read_bytes_per_second'] / 1e6:.1f} MB/s, "
-            f"waiting {100 * read['waiting_share_max']:.0f}%"
-        )
-        if read["cache_hits"] + read["cache_misses"] + read["prefetch_waits"]:
-            shown += f", fetched {read['fetched_bytes_per_second'] / 1e6:.1f} MB/s, waits {read['prefetch_waits']:.0f}"
+        shown = progress_line(epoch, result.loss, next(iter(learning_rates.values())), read)
         bar.set_postfix_str(shown, refresh=False)
         if bar.disable and self._world.is_main:
             _log.info("step %d of %d, %s", self._step, self._last_step, shown)
@@ -300,26 +238,12 @@ class _Run:
         if self._evaluated_step == self._step:
             return self._results
         self._evaluated_step = self._step
-        recipe = self._recipe
-        self._results = [
-            evaluate_set(
-                self._prepared.model,
-                recipe.task,
-                shards,
-                recipe.data,
-                recipe.data.validation[name],
-                set_name=name,
-                batch_size=recipe.evaluation.batch_size,
-                world=self._world,
-                features=self._prepared.validation_features[name],
-            )
-            for name, shards in self._prepared.validation_sets.items()
-        ]
+        self._results = self._prepared.evaluate()
         if self._results:
             flat = {key: value for result in self._results for key, value in report.flat_metrics(result).items()}
             self._tracker.log(self._step, flat)
             self._saver.note_metrics(self._step, flat)
             if self._world.is_main:
-                report.write_results(self._results, Path(recipe.run_dir))
+                report.write_results(self._results, Path(self._recipe.run_dir))
         barrier()
         return self._results

@@ -6,27 +6,30 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from audiotext_dist.data.batch import Batch
 from audiotext_dist.data.encoders import Encoder, Modality, encoder_of
 from audiotext_dist.data.feature_files import open_features
 from audiotext_dist.data.features import FeatureReader, Features
 from audiotext_dist.data.index import Shard
+from audiotext_dist.data.loader import TrainingBatches
 from audiotext_dist.data.plan import Plan
 from audiotext_dist.data.sets import SetConfig, make_plan, open_sets, warn_of_small_cache
+from audiotext_dist.data.workers import iterate
 from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError
-from audiotext_dist.evaluation.retrieval import check_relevance
+from audiotext_dist.evaluation.retrieval import RetrievalResult, check_relevance, evaluate_set
 from audiotext_dist.models.audio import AudioTower
 from audiotext_dist.models.dual_encoder import DualEncoder, build_model
 from audiotext_dist.training import checkpoint
 from audiotext_dist.training.checkpoint import Progress
-from audiotext_dist.training.engine import deepspeed_config
+from audiotext_dist.training.engine_config import deepspeed_config
 from audiotext_dist.training.recipe import Recipe
 from audiotext_dist.training.upload import remote_names
 
@@ -55,6 +58,43 @@ class Prepared:
             global_batch_size=self.recipe.training.global_batch_size,
             world_size=self.world.size,
         )
+
+    def batches(self, steps: range) -> Iterator[Batch]:
+        """This rank's part of the batches of these steps, on its device."""
+        data, text = self.recipe.data, self.model.text
+        batches = TrainingBatches(
+            self.train_sets,
+            self.plan,
+            data.decode_config(
+                audio="audio" in self.recipe.task,
+                frames="random" if "image" in self.recipe.task else "none",
+                frame_pixels=self.model.frame_pixels,
+                random=True,
+            ),
+            seed=self.recipe.training.seed,
+            world=self.world,
+            tokenize=None if text is None or data.caption_features is not None else text.tokenize,
+            features=self.train_features,
+            cache=data.node_cache(),
+        )
+        return iterate(batches, steps, num_workers=data.num_workers, device=self.world.device)
+
+    def evaluate(self) -> list[RetrievalResult]:
+        """The model as it stands on every validation set; every rank calls it."""
+        return [
+            evaluate_set(
+                self.model,
+                self.recipe.task,
+                shards,
+                self.recipe.data,
+                self.recipe.data.validation[name],
+                set_name=name,
+                batch_size=self.recipe.evaluation.batch_size,
+                world=self.world,
+                features=self.validation_features[name],
+            )
+            for name, shards in self.validation_sets.items()
+        ]
 
     def deepspeed_config(self) -> dict[str, Any]:
         """What DeepSpeed is told."""

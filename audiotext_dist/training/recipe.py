@@ -20,7 +20,7 @@ from audiotext_dist.errors import UserError, require_positive
 from audiotext_dist.losses.config import LossConfig
 from audiotext_dist.models.dual_encoder import ModelConfig, Task
 from audiotext_dist.training.checkpoint import RECIPE_FILE, newest_whole
-from audiotext_dist.training.engine import EngineConfig
+from audiotext_dist.training.engine_config import EngineConfig
 from audiotext_dist.training.optim import OptimConfig
 from audiotext_dist.training.saving import CheckpointConfig
 from audiotext_dist.training.tracker import TrackerConfig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from audiotext_dist.training.engine import Engine
 from audiotext_dist.training.upload import Uploader, fetch_newest
 
 _BEST = "best.json"
+_log = logging.getLogger(__name__)
 # What a run that was asked to stop may give the last copy.
 _COPY_SECONDS = 20
 
@@ -116,6 +118,23 @@ def fetch(config: CheckpointConfig, run_dir: Path, world: World) -> Path | None:
     raise_together(error)
     barrier()
     return fetched
+
+
+def resume(
+    config: CheckpointConfig, engine: Engine, model: nn.Module, run_dir: Path, start: Progress, world: World
+) -> Progress:
+    """Go on from the newest whole checkpoint, here or in the store; ``start`` where there is none."""
+    fetch(config, run_dir, world)
+    newest = checkpoint.find_newest_whole(run_dir, world)
+    if newest is None:
+        return start
+    progress = checkpoint.load(engine, model, newest, start)
+    if world.is_main:
+        checkpoint.remove_newer(newest)
+        _log.info("resumed from %s: step %d, epoch %d", newest, progress.step, progress.epoch + 1)
+        if progress.world_size != world.size:
+            _log.info("%d processes go on where %d stopped", world.size, progress.world_size)
+    return progress
 
 
 def kept_names(run_dir: Path, keep_last: int) -> set[str]:

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,6 +44,14 @@ class StepResult:
     logit_scale: float
     gradient_norm: float | None
     sickness: Sickness | None
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Dropout's numbers come from the seed, the step and the rank alone: a run that goes on draws what it would
+    have drawn, without any saved state, and no two ranks draw the same.
+    """
+    words = np.random.SeedSequence([seed, step, rank])
+    torch.manual_seed(int(words.generate_state(1, np.uint64)[0] >> 1))
 
 
 def train_step(

@@ -31,7 +31,8 @@ from audiotext_dist.losses.targets import make_targets
 from audiotext_dist.models.audio import AudioTowerConfig
 from audiotext_dist.models.dual_encoder import ModelConfig, ModelInputs, build_model
 from audiotext_dist.models.text import TextTowerConfig
-from audiotext_dist.training.engine import Engine, EngineConfig, deepspeed_config, start_process_group
+from audiotext_dist.training.engine import Engine, start_process_group
+from audiotext_dist.training.engine_config import EngineConfig, deepspeed_config
 from tests.ranks import run_on_ranks
 
 DIM = 512

@@ -13,7 +13,8 @@ from torch import nn
 from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError
 from audiotext_dist.models.dual_encoder import ModelInputs
-from audiotext_dist.training.engine import Engine, EngineConfig, deepspeed_config, start_process_group
+from audiotext_dist.training.engine import Engine, start_process_group
+from audiotext_dist.training.engine_config import EngineConfig, deepspeed_config
 from audiotext_dist.training.prepare import prepare
 from audiotext_dist.training.recipe import read_recipe
 from tests.clips import SAMPLE_RATE_HZ

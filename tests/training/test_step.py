@@ -11,7 +11,8 @@ from audiotext_dist.losses.config import LossConfig
 from audiotext_dist.losses.contrastive import contrastive_loss
 from audiotext_dist.losses.targets import recording_ids
 from audiotext_dist.models.dual_encoder import ModelInputs
-from audiotext_dist.training.engine import Engine, EngineConfig, deepspeed_config, start_process_group
+from audiotext_dist.training.engine import Engine, start_process_group
+from audiotext_dist.training.engine_config import EngineConfig, deepspeed_config
 from audiotext_dist.training.step import update
 from tests.losses.cases import NUM_ROWS, RECORDINGS, rows
 from tests.losses.naive import naive_loss

@@ -1,0 +1,31 @@
+"""What a run says of a step: its metrics, and the text beside the progress bar."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from audiotext_dist.training.step import StepResult
+
+
+def step_metrics(result: StepResult) -> dict[str, float]:
+    """Name -> figure of one step; those that are not finite are left out, since JSON knows no such numbers."""
+    measured = {
+        "train/loss": result.loss,
+        **{f"train/{name}": value for name, value in result.figures.items()},
+        "train/logit_scale": result.logit_scale,
+        "optim/gradient_norm": result.gradient_norm,
+    }
+    return {name: value for name, value in measured.items() if value is not None and math.isfinite(value)}
+
+
+def progress_line(epoch: float, loss: float, learning_rate: float, read: Mapping[str, float]) -> str:
+    """One line for people; ``read``: from ``Meter.read``."""
+    shown = (
+        f"epoch {epoch:.1f}, loss {loss:.3f}, lr {learning_rate:.1e}, "
+        f"{read['clips_per_second']:.0f} clips/s, {read['read_bytes_per_second'] / 1e6:.1f} MB/s, "
+        f"waiting {100 * read['waiting_share_max']:.0f}%"
+    )
+    if read["cache_hits"] + read["cache_misses"] + read["prefetch_waits"]:
+        shown += f", fetched {read['fetched_bytes_per_second'] / 1e6:.1f} MB/s, waits {read['prefetch_waits']:.0f}"
+    return shown
