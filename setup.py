@@ -32,7 +32,18 @@ RUNTIME = [
     "matplotlib",
     "wandb",
 ]
-DEVELOPMENT = ["pytest", "pytest-xdist", "hypothesis", "moto[server]", "ruff", "mypy", "import-linter", "psutil", "ray"]
+DEVELOPMENT = [
+    "pytest",
+    "pytest-xdist",
+    "hypothesis",
+    "moto[server]",
+    "ruff",
+    "mypy",
+    "import-linter",
+    "psutil",
+    "ray",
+    "pytrec-eval-terrier",
+]
 
 setup(
     name="audiotext-dist",

@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from audiotext_dist import storage
 from audiotext_dist.data.bad_samples import BadSampleError
@@ -20,6 +21,7 @@ from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError, require_positive
 from audiotext_dist.retry import RetryConfig
 
+Benchmark = Literal["audiocaps-val", "audiocaps-test", "clotho-validation", "clotho-evaluation"]
 _log = logging.getLogger(__name__)
 
 
@@ -29,13 +31,15 @@ class SetConfig:
 
     shards: folder, glob or ``{00000..00099}.tar`` braces, local or a URL. weight: how often an epoch
     holds each clip. relevance (evaluation only): ``labels``, every clip that shares a label is found; or a file that
-    says which captions truly describe which clips. features: folder or URL of its feature files, null for beside
+    says which captions truly describe which clips. benchmark (evaluation only): which published test set this is, so
+    that the table tells how many of its clips are here. features: folder or URL of its feature files, null for beside
     the shards.
     """
 
     shards: str = "???"
     weight: float = 1.0
     relevance: str | None = None
+    benchmark: Benchmark | None = None
     features: str | None = None
 
     def __post_init__(self) -> None:

@@ -18,27 +18,41 @@ from audiotext_dist.errors import UserError
 
 RECALL_AT = (1, 5, 10)
 MAP_AT = 10
+METRICS = (*(f"R@{k}" for k in RECALL_AT), f"mAP@{MAP_AT}")
 
 
 def retrieval_metrics(
+    queries_QD: NDArray[np.float32], items_ID: NDArray[np.float32], relevant: Sequence[NDArray[np.int64]]
+) -> dict[str, float]:
+    """``{"R@1": ..., "R@5": ..., "R@10": ..., "mAP@10": ...}``, each in [0, 1]: the means over all queries.
+
+    Args and errors: see ``check_retrieval`` and ``metrics_of_queries``.
+    """
+    check_retrieval(queries_QD, items_ID, relevant)
+    return mean_metrics(metrics_of_queries(queries_QD, items_ID, relevant))
+
+
+def mean_metrics(metrics_QM: NDArray[np.float64]) -> dict[str, float]:
+    """The means over the queries, by the metric's name."""
+    return dict(zip(METRICS, metrics_QM.mean(axis=0).tolist(), strict=True))
+
+
+def metrics_of_queries(
     queries_QD: NDArray[np.float32],
     items_ID: NDArray[np.float32],
     relevant: Sequence[NDArray[np.int64]],
     *,
-    queries_a_tile: int = 1024,
-) -> dict[str, float]:
-    """``{"R@1": ..., "R@5": ..., "R@10": ..., "mAP@10": ...}``, each in [0, 1], over all queries.
+    tile_bytes: int = 1 << 26,
+) -> NDArray[np.float64]:
+    """Each query's METRICS, [Q, 4].
 
     Args:
         queries_QD, items_ID: L2-normalised embeddings; a score is their product.
         relevant: for each query, the distinct numbers of its relevant items, at least one.
-        queries_a_tile: rows of the score matrix held at a time.
-
-    Raises:
-        UserError: an embedding is not finite, or a query has no relevant item.
+        tile_bytes: of the score matrix, held at a time.
     """
-    _check(queries_QD, items_ID, relevant)
     found_ranks: list[NDArray[np.int64]] = []
+    queries_a_tile = max(1, tile_bytes // items_ID[:, :1].nbytes)
     for start in range(0, len(queries_QD), queries_a_tile):
         scores_TI = queries_QD[start : start + queries_a_tile] @ items_ID.T
         found_ranks += [_ranks_in_top(row_I, relevant[start + row]) for row, row_I in enumerate(scores_TI)]
@@ -47,8 +61,7 @@ def retrieval_metrics(
         float(np.sum(np.arange(1, len(ranks) + 1) / ranks)) / min(len(items), MAP_AT)
         for ranks, items in zip(found_ranks, relevant, strict=True)
     ]
-    recalls = {f"R@{k}": float(np.mean(best_rank <= k)) for k in RECALL_AT}
-    return {**recalls, f"mAP@{MAP_AT}": float(np.mean(average_precision))}
+    return np.stack([*(best_rank <= k for k in RECALL_AT), np.array(average_precision)], axis=1).astype(np.float64)
 
 
 def chance_metrics(num_items: int, relevant: Sequence[NDArray[np.int64]]) -> dict[str, float]:
@@ -85,9 +98,10 @@ def _chance_average_precision(num_items: int, num_relevant: int) -> float:
     return num_relevant / num_items * total / min(num_relevant, MAP_AT)
 
 
-def _check(
+def check_retrieval(
     queries_QD: NDArray[np.float32], items_ID: NDArray[np.float32], relevant: Sequence[NDArray[np.int64]]
 ) -> None:
+    """Raise ``UserError`` where an embedding is not finite, or a query has no relevant item."""
     assert len(relevant) == len(queries_QD)
     for name, embeddings in (("query", queries_QD), ("item", items_ID)):
         broken = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))

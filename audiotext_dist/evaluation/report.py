@@ -23,7 +23,8 @@ def table(results: Sequence[RetrievalResult]) -> str:
     lines = []
     for result in results:
         width = max(len(name) for name in result.directions)
-        lines.append(f"{result.set_name}: {result.num_clips} clips; per cent (chance)")
+        of_which = f"{result.num_clips} clips" if result.coverage is None else str(result.coverage)
+        lines.append(f"{result.set_name}: {of_which}; per cent (chance)")
         lines.append(f"{'':{width}}  {'queries':>7}  {'items':>6}" + "".join(f"{name:>16}" for name in _COLUMNS))
         for name, direction in result.directions.items():
             cells = (

@@ -26,7 +26,8 @@ from audiotext_dist.data.sets import DataConfig, SetConfig
 from audiotext_dist.data.workers import iterate
 from audiotext_dist.distributed import World, gather_items, raise_together
 from audiotext_dist.errors import UserError
-from audiotext_dist.evaluation.metrics import chance_metrics, retrieval_metrics
+from audiotext_dist.evaluation.benchmarks import Coverage, coverage
+from audiotext_dist.evaluation.metrics import chance_metrics, check_retrieval, mean_metrics, metrics_of_queries
 from audiotext_dist.models.dual_encoder import DualEncoder, Task, unit_length
 
 LABEL_RELEVANCE = "labels"
@@ -60,10 +61,14 @@ class DirectionResult:
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalResult:
-    """Both directions, by name: ``audio->text`` against own pairs, ``audio->text (labels)`` against a relevance."""
+    """Both directions, by name: ``audio->text`` against own pairs, ``audio->text (labels)`` against a relevance.
+
+    coverage: how much of a published test set this is, where it is one.
+    """
 
     set_name: str
     num_clips: int
+    coverage: Coverage | None = None
     directions: dict[str, DirectionResult] = field(default_factory=dict)
 
 
@@ -110,15 +115,21 @@ def evaluate_set(
     _check_caption_counts(clips, set_name)
     first, second = task.split("-")
     rows = {first: _rows([clip.first_RD for clip in clips]), second: _rows([clip.second_RD for clip in clips])}
-    result = RetrievalResult(set_name=set_name, num_clips=len(clips))
+    result = RetrievalResult(
+        set_name=set_name,
+        num_clips=len(clips),
+        coverage=coverage(chosen.benchmark, len(clips), sum(len(clip.second_RD) for clip in clips), set_name),
+    )
     for query, item in ((first, second), (second, first)):
-        result.directions[f"{query}->{item}"] = _score(rows[query], rows[item], _related(rows[query], rows[item]))
+        result.directions[f"{query}->{item}"] = _score(
+            rows[query], rows[item], _related(rows[query], rows[item]), world
+        )
     if chosen.relevance is not None:
         related = _relations(chosen.relevance, clips, rows[first], rows[second])
         name = "labels" if chosen.relevance == LABEL_RELEVANCE else "truth"
-        result.directions[f"{first}->{second} ({name})"] = _score(rows[first], rows[second], related)
+        result.directions[f"{first}->{second} ({name})"] = _score(rows[first], rows[second], related, world)
         inverse = _invert(related, len(rows[second].clip_R))
-        result.directions[f"{second}->{first} ({name})"] = _score(rows[second], rows[first], inverse)
+        result.directions[f"{second}->{first} ({name})"] = _score(rows[second], rows[first], inverse, world)
     return result
 
 
@@ -169,12 +180,16 @@ def _rows(clips: Sequence[NDArray[np.float32]]) -> Rows:
     return Rows(np.concatenate(clips), np.repeat(np.arange(len(clips)), counts))
 
 
-def _score(queries: Rows, items: Rows, relevant: Sequence[NDArray[np.int64]]) -> DirectionResult:
-    num_items = len(items.embeddings_RD)
+def _score(queries: Rows, items: Rows, relevant: Sequence[NDArray[np.int64]], world: World) -> DirectionResult:
+    """Each rank ranks the items for its share of the queries."""
+    check_retrieval(queries.embeddings_RD, items.embeddings_RD, relevant)
+    num_queries, num_items = len(queries.embeddings_RD), len(items.embeddings_RD)
+    own = slice(world.rank * num_queries // world.size, (world.rank + 1) * num_queries // world.size)
+    metrics_QM = metrics_of_queries(queries.embeddings_RD[own], items.embeddings_RD, relevant[own])
     return DirectionResult(
-        num_queries=len(queries.embeddings_RD),
+        num_queries=num_queries,
         num_items=num_items,
-        metrics=retrieval_metrics(queries.embeddings_RD, items.embeddings_RD, relevant),
+        metrics=mean_metrics(np.concatenate(gather_items(metrics_QM))),
         chance=chance_metrics(num_items, relevant),
     )
 

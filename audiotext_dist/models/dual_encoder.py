@@ -26,6 +26,8 @@ Task = Literal["audio-image", "audio-text", "image-text"]
 class ModelConfig:
     """Towers and temperature; a task builds only the two towers it names.
 
+    init: a run folder, checkpoint or export of these very towers, from which the whole model starts; its temperature
+    too, unless learn_temperature=false, where init_temperature holds.
     init_temperature: of the softmax; CLIP's 0.07. max_logit_scale: upper bound of 1 / temperature.
     init_logit_bias: of loss.name=sigmoid, which starts well from -10 with init_temperature=0.1; null for softmax.
     """
@@ -33,6 +35,7 @@ class ModelConfig:
     audio: AudioTowerConfig = field(default_factory=AudioTowerConfig)
     image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
+    init: str | None = None
     init_temperature: float = 0.07
     learn_temperature: bool = True
     max_logit_scale: float = 100.0
@@ -45,6 +48,7 @@ class ModelConfig:
             audio = dataclasses.replace(audio, name=self.image.name)
         return dataclasses.replace(
             self,
+            init=None,
             audio=audio,
             image=dataclasses.replace(self.image, pretrained=None, init=None),
             text=dataclasses.replace(self.text, pretrained=None, init=None),
@@ -52,6 +56,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "model", "init_temperature", "max_logit_scale")
+        for modality in ("audio", "image", "text"):
+            if self.init is not None and getattr(self, modality).init is not None:
+                raise UserError(f"model.init and model.{modality}.init exclude each other: leave one of them out")
         if 1 / self.max_logit_scale > self.init_temperature:
             raise UserError(
                 f"model.init_temperature={self.init_temperature} is below 1 / model.max_logit_scale="

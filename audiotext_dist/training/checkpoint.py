@@ -9,6 +9,8 @@
     run_dir/checkpoints/latest          the newest one's name, moved last; for people and scripts
     run_dir/checkpoints/best.json       the best one's name and metric (saving.py)
 
+Wherever weights are asked for, run_dir means its newest checkpoint and run_dir/checkpoints/best its best one.
+
 Nothing in it depends on the number of processes or the ZeRO stage, so a run goes on under others. Random numbers
 are drawn from the seed, the step and the rank, so they need no file.
 
@@ -24,6 +26,7 @@ import logging
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -43,6 +46,8 @@ RECIPE_FILE = "recipe.yaml"
 MANIFEST = "manifest.json"
 _PROGRESS = "progress.json"
 _POINTER = "latest"
+BEST = "best"
+BEST_FILE = "best.json"
 _log = logging.getLogger(__name__)
 
 
@@ -219,20 +224,46 @@ def load_tower(tower: nn.Module, modality: str, source: str) -> None:
 
 
 def read_weights(source: str) -> dict[str, torch.Tensor]:
-    """Weights from a run folder (its newest whole checkpoint), a checkpoint or export folder, or a .safetensors file.
+    """Weights from what ``weights_folder`` takes, or a .safetensors file.
 
     Raises:
         UserError: nothing of the kind there.
     """
-    path = Path(source)
+    path = weights_folder(Path(source))
     if path.is_dir():
-        path = (newest_whole(path) or path) / MODEL_FILE
+        path = path / MODEL_FILE
     if not path.is_file():
         raise UserError(f"no weights at {source}: give a run folder, a checkpoint folder or a .safetensors file")
     try:
         return load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path} is no safetensors file ({error}): export it again") from None
+
+
+def weights_folder(source: Path) -> Path:
+    """Where the weights lie that a run folder (its newest whole checkpoint), RUN/checkpoints/best, a checkpoint or an
+    export stands for.
+
+    Raises:
+        UserError: the run remembers no best checkpoint.
+    """
+    if source.name == BEST and source.parent.name == CHECKPOINTS:
+        best = best_of(source.parents[1])
+        if best is None:
+            raise UserError(
+                f"no best checkpoint at {source}: train with checkpoint.best_metric, or give the run folder"
+            )
+        return source.parent / str(best["name"])
+    return newest_whole(source) or source
+
+
+def best_of(run_dir: Path) -> dict[str, Any] | None:
+    """Name, metric and value of the best checkpoint, while there is one of that name."""
+    try:
+        found: dict[str, Any] = json.loads((run_dir / CHECKPOINTS / BEST_FILE).read_text())
+        return found if (run_dir / CHECKPOINTS / found["name"]).is_dir() else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def has_checkpoints(run_dir: Path) -> bool:

@@ -164,10 +164,11 @@ class _Run:
     def _set_learning_rates(self) -> None:
         """The schedule counts updates: a batch that is skipped leaves it where it was."""
         optim = self._recipe.optim
+        decay_epochs = optim.decay_epochs or self._recipe.training.num_epochs
         share = schedule(
             self._step - self._health.health.num_skipped,
             warmup_steps=round(optim.warmup_epochs * self._steps_an_epoch),
-            num_steps=self._num_steps,
+            decay_steps=round(decay_epochs * self._steps_an_epoch),
             final_share=optim.final_lr_share,
         )
         set_learning_rates(self._engine.param_groups, share)

@@ -24,6 +24,7 @@ class OptimConfig:
     temperature), which take no weight decay; bias_lr defaults to weight_lr. Under LARS both are multiplied by
     global_batch_size / 256. lr_scales: factors on the rates by the beginnings of parameters' names, of which the
     longest counts: ``{audio: 0.1, text.projection: 2}``. final_lr_share: where the cosine ends, as a share of the peak.
+    decay_epochs: when it ends, counted from the run's beginning; the rate stays there. null is the run's end.
     """
 
     name: Literal["adamw", "lars"] = "adamw"
@@ -36,6 +37,7 @@ class OptimConfig:
     momentum: float = 0.9
     trust_coefficient: float = 0.001
     warmup_epochs: float = 1.0
+    decay_epochs: float | None = None
     final_lr_share: float = 0.0
     gradient_clipping: float | None = None
 
@@ -50,6 +52,10 @@ class OptimConfig:
                 raise UserError(f"optim.lr_scales.{prefix}={scale} must be 0 or more")
         if not all(0 <= share < 1 for share in (*self.betas, self.momentum)):
             raise UserError(f"optim.betas={list(self.betas)} and optim.momentum={self.momentum} must lie in [0, 1)")
+        if self.decay_epochs is not None and not self.warmup_epochs < self.decay_epochs < math.inf:
+            raise UserError(
+                f"optim.decay_epochs={self.decay_epochs:g} must lie after optim.warmup_epochs={self.warmup_epochs:g}"
+            )
         if not 0 <= self.final_lr_share <= 1:
             raise UserError(f"optim.final_lr_share={self.final_lr_share} must lie in [0, 1]")
 
@@ -147,11 +153,14 @@ def build_optimizer(model: nn.Module, config: OptimConfig, *, global_batch_size:
             return LARS(described, lr=0.0, momentum=config.momentum, trust_coefficient=config.trust_coefficient)
 
 
-def schedule(step: int, *, warmup_steps: int, num_steps: int, final_share: float) -> float:
-    """The share of the peak rate at a step counted from 0: linear warm-up, then a cosine to ``final_share``."""
+def schedule(step: int, *, warmup_steps: int, decay_steps: int, final_share: float) -> float:
+    """The share of the peak rate at a step counted from 0: linear warm-up, then a cosine to ``final_share``.
+
+    decay_steps: where the cosine ends, and the rate stays as it is.
+    """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(num_steps - warmup_steps, 1)
+    progress = (step - warmup_steps) / max(decay_steps - warmup_steps, 1)
     return final_share + (1 - final_share) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 

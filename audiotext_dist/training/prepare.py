@@ -235,6 +235,8 @@ def features_of(
 def build_towers(recipe: Recipe) -> DualEncoder:
     """The model, with the towers that the recipe takes from other runs."""
     torch.manual_seed(recipe.training.seed)
+    if recipe.model.init is not None:
+        return _continued(recipe, recipe.model.init)
     model = build_model(recipe.model, recipe.task, recipe.data.sample_rate_hz, recipe.training.autocast_dtype)
     # Audio last: it may start as a copy of the image tower, of whose other run build_model knows nothing.
     for modality in sorted(recipe.task.split("-"), reverse=True):
@@ -248,4 +250,17 @@ def build_towers(recipe: Recipe) -> DualEncoder:
             _log.warning(
                 "the frozen %s tower has random weights: give model.%s.pretrained or .init", modality, modality
             )
+    return model
+
+
+def _continued(recipe: Recipe, source: str) -> DualEncoder:
+    """The model of another run, to be trained on."""
+    model = build_model(
+        recipe.model.without_weights(), recipe.task, recipe.data.sample_rate_hz, recipe.training.autocast_dtype
+    )
+    own_scale = model.logit_scale.detach().clone()
+    checkpoint.load_model(model, source)
+    if not recipe.model.learn_temperature:
+        with torch.no_grad():
+            model.logit_scale.copy_(own_scale)
     return model

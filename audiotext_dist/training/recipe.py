@@ -19,7 +19,7 @@ from audiotext_dist.data.sets import DataConfig
 from audiotext_dist.errors import UserError, require_positive
 from audiotext_dist.losses.config import LossConfig
 from audiotext_dist.models.dual_encoder import ModelConfig, Task
-from audiotext_dist.training.checkpoint import RECIPE_FILE, newest_whole
+from audiotext_dist.training.checkpoint import RECIPE_FILE, weights_folder
 from audiotext_dist.training.engine_config import EngineConfig
 from audiotext_dist.training.optim import OptimConfig
 from audiotext_dist.training.saving import CheckpointConfig
@@ -190,8 +190,7 @@ def read_run_recipe(run_dir: Path, changes: Sequence[str] = ()) -> Recipe:
         UserError: the folder is no run, or a change is wrong.
     """
     # The checkpoint's own copy fits its weights whatever happened to the folder since.
-    newest = newest_whole(run_dir)
-    places = [folder / RECIPE_FILE for folder in (newest, run_dir) if folder is not None]
+    places = [folder / RECIPE_FILE for folder in (weights_folder(run_dir), run_dir)]
     file = next((place for place in places if place.is_file()), None)
     if file is None:
         raise UserError(f"{run_dir} is no run folder, it has no {RECIPE_FILE}: check the path")

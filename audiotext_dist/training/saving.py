@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
@@ -16,11 +16,18 @@ from audiotext_dist import storage
 from audiotext_dist.distributed import World, barrier, raise_together
 from audiotext_dist.errors import UserError, require_positive
 from audiotext_dist.training import checkpoint
-from audiotext_dist.training.checkpoint import CHECKPOINTS, MANIFEST, Progress, name_of, named_checkpoints
+from audiotext_dist.training.checkpoint import (
+    BEST_FILE,
+    CHECKPOINTS,
+    MANIFEST,
+    Progress,
+    best_of,
+    name_of,
+    named_checkpoints,
+)
 from audiotext_dist.training.engine import Engine
 from audiotext_dist.training.upload import Uploader, fetch_newest
 
-_BEST = "best.json"
 _log = logging.getLogger(__name__)
 # What a run that was asked to stop may give the last copy.
 _COPY_SECONDS = 20
@@ -139,7 +146,7 @@ def resume(
 
 def kept_names(run_dir: Path, keep_last: int) -> set[str]:
     """The checkpoints that stay: the last ones, and the best."""
-    best = _best(run_dir)
+    best = best_of(run_dir)
     last = [found.name for found in named_checkpoints(run_dir)[:keep_last]]
     return {*last, *([] if best is None else [str(best["name"])])}
 
@@ -157,18 +164,9 @@ def note_metric(run_dir: Path, step: int, metrics: Mapping[str, float], config: 
             f"checkpoint.best_metric={config.best_metric} is not among what is evaluated: give one of "
             f"{', '.join(sorted(metrics))}"
         )
-    value, best = metrics[config.best_metric], _best(run_dir)
+    value, best = metrics[config.best_metric], best_of(run_dir)
     sign = 1 if config.best_is == "highest" else -1
     same = best is not None and best["metric"] == config.best_metric
     if best is None or not same or sign * value > sign * float(best["value"]):
         content = {"name": name_of(step), "metric": config.best_metric, "value": value}
-        storage.write_bytes(str(run_dir / CHECKPOINTS / _BEST), json.dumps(content).encode())
-
-
-def _best(run_dir: Path) -> dict[str, Any] | None:
-    """What is written of the best checkpoint, while there is one of that name."""
-    try:
-        found: dict[str, Any] = json.loads((run_dir / CHECKPOINTS / _BEST).read_text())
-        return found if (run_dir / CHECKPOINTS / found["name"]).is_dir() else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        storage.write_bytes(str(run_dir / CHECKPOINTS / BEST_FILE), json.dumps(content).encode())

@@ -1,12 +1,13 @@
-"""Metrics against literal cases, a plain second implementation, and chance by drawing."""
+"""Metrics against literal cases, a plain second implementation, trec_eval, and chance by drawing."""
 
 import numpy as np
 import pytest
+import pytrec_eval
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from audiotext_dist.errors import UserError
-from audiotext_dist.evaluation.metrics import chance_metrics, retrieval_metrics
+from audiotext_dist.evaluation.metrics import chance_metrics, mean_metrics, metrics_of_queries, retrieval_metrics
 
 
 def ids(*lists):
@@ -76,8 +77,28 @@ def cases(draw):
 def test_it_is_the_plain_reading_of_the_protocol(case, queries_a_tile):
     scores, relevant = case
     queries, items = with_scores(scores)
-    found = retrieval_metrics(queries, items, ids(*relevant), queries_a_tile=queries_a_tile)
+    tile_bytes = queries_a_tile * items[:, 0].nbytes
+    found = mean_metrics(metrics_of_queries(queries, items, ids(*relevant), tile_bytes=tile_bytes))
     assert found == pytest.approx(plain(scores, relevant))
+
+
+@settings(deadline=None, max_examples=200)
+@given(cases())
+def test_trec_eval_says_the_same(case):
+    # It breaks ties by the items' names, the last in the alphabet first: ours are named such that a stranger comes
+    # before a relevant item, as the protocol has it. Its AP@10 divides by all relevant items, ours by ten at most.
+    scores, relevant = case
+    run, truth = {}, {}
+    for query, (row, wanted) in enumerate(zip(scores, relevant, strict=True)):
+        names = [("a" if item in wanted else "b") + f"{item:03d}" for item in range(len(row))]
+        run[f"{query}"] = dict(zip(names, map(float, row), strict=True))
+        truth[f"{query}"] = {names[item]: 1 for item in wanted}
+    judged = pytrec_eval.RelevanceEvaluator(truth, {"success.1,5,10", "map_cut.10"}).evaluate(run)
+    expected_QM = [
+        [*(judged[f"{query}"][f"success_{k}"] for k in (1, 5, 10)), judged[f"{query}"]["map_cut_10"] * share]
+        for query, share in enumerate(max(1.0, len(wanted) / 10) for wanted in relevant)
+    ]
+    np.testing.assert_allclose(metrics_of_queries(*with_scores(scores), ids(*relevant)), expected_QM, atol=1e-6)
 
 
 @pytest.mark.parametrize(("num_items", "num_relevant"), [(40, 1), (40, 5), (25, 14), (6, 3), (1, 1)])

@@ -1,17 +1,22 @@
 """Which rows count as found: own pairs, labels, and a file of what captions truly describe."""
 
 import json
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from audiotext_dist.data.index import load_shards
 from audiotext_dist.data.sets import DataConfig, SetConfig
 from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError
+from audiotext_dist.evaluation.benchmarks import coverage
+from audiotext_dist.evaluation.report import table
 from audiotext_dist.evaluation.retrieval import check_relevance, evaluate_set
 from tests.clips import SAMPLE_RATE_HZ, make_sample, write_shards
+from tests.ranks import run_on_ranks
 
 NUM_CLIPS = 12
 
@@ -112,3 +117,29 @@ def test_unequal_caption_counts_are_an_error(tmp_path):
     write_shards(tmp_path, [[make_sample(0), make_sample(1, captions=["only 1"])]])
     with pytest.raises(UserError, match="clip-0001 of set 'test' has 1 captions and clip-0000 has 2"):
         evaluate(tmp_path, Oracle())
+
+
+def test_the_table_tells_how_much_of_a_benchmark_is_there(folder):
+    data = DataConfig(sample_rate_hz=SAMPLE_RATE_HZ, clip_seconds=1.0, num_workers=0)
+    (result,) = evaluate_on_ranks(0, folder, data, SetConfig(shards=str(folder), benchmark="audiocaps-test"))
+    assert (
+        table([result]).splitlines()[0]
+        == "test: 12 of the 975 clips and 24 of the 4,875 captions of audiocaps-test; per cent (chance)"
+    )
+    assert asdict(result)["coverage"]["num_official_clips"] == 975
+    with pytest.raises(UserError, match=r"holds 1,046 of the 1,045 clips .* set its benchmark to null"):
+        coverage("clotho-evaluation", 1046, 5230, "test")
+
+
+def evaluate_on_ranks(rank, folder, data, chosen):
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    model, shards = Oracle(confused={4: 5, 2: 3}), load_shards(str(folder))
+    world = World(rank=rank, size=size)
+    return [evaluate_set(model, "audio-text", shards, data, chosen, set_name="test", batch_size=5, world=world)]
+
+
+def test_ranks_that_share_the_queries_get_what_one_gets_alone(folder):
+    data = DataConfig(sample_rate_hz=SAMPLE_RATE_HZ, clip_seconds=1.0, num_workers=0)
+    chosen = SetConfig(shards=str(folder), relevance="labels")
+    alone = evaluate_on_ranks(0, folder, data, chosen)
+    assert run_on_ranks(evaluate_on_ranks, 3, folder, data, chosen) == [alone] * 3

@@ -92,10 +92,15 @@ def test_rates_by_the_beginning_of_names():
 
 
 def test_schedule_warms_up_and_falls_as_a_cosine():
-    shares = [schedule(step, warmup_steps=10, num_steps=110, final_share=0.001) for step in range(110)]
+    shares = [schedule(step, warmup_steps=10, decay_steps=110, final_share=0.001) for step in range(110)]
     assert shares[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert shares[10] == 1.0
     assert shares[60] == pytest.approx(0.5 + 0.0005)
     assert shares[10:] == sorted(shares[10:], reverse=True)
-    assert schedule(110, warmup_steps=10, num_steps=110, final_share=0.001) == pytest.approx(0.001)
-    assert schedule(0, warmup_steps=0, num_steps=5, final_share=0.0) == 1.0
+    assert [schedule(step, warmup_steps=10, decay_steps=110, final_share=0.001) for step in (110, 500)] == [0.001] * 2
+    assert schedule(0, warmup_steps=0, decay_steps=5, final_share=0.0) == 1.0
+
+
+def test_a_cosine_that_would_end_before_the_warm_up_is_refused():
+    with pytest.raises(UserError, match=r"optim.decay_epochs=1 must lie after optim.warmup_epochs=1"):
+        OptimConfig(warmup_epochs=1, decay_epochs=1)

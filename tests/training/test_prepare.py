@@ -1,9 +1,13 @@
-"""Towers that start from others: what the audio tower is a copy of."""
+"""Towers that start from others: what the audio tower is a copy of, and a model that goes on where another stopped."""
 
+import math
+
+import pytest
 import torch
 from safetensors.torch import save_file
 
 from audiotext_dist.distributed import World
+from audiotext_dist.errors import UserError
 from audiotext_dist.training.prepare import prepare
 from audiotext_dist.training.recipe import read_recipe
 from tests.clips import SAMPLE_RATE_HZ, make_sample, write_shards
@@ -32,3 +36,31 @@ def test_the_audio_tower_copies_the_image_tower_that_another_run_trained(tmp_pat
         assert torch.equal(copied, image)
     assert torch.equal(model.image.visual.proj, fresh.image.visual.proj + 1)
     assert torch.equal(fresh.audio.transformer.proj, fresh.image.visual.proj)
+
+
+def test_a_model_starts_from_another_run_and_its_temperature_where_that_is_learned(tmp_path):
+    shards = write_shards(tmp_path / "set", [[make_sample(row) for row in range(4)]])
+    words = [
+        "name=test",
+        f"run_dir={tmp_path / 'run'}",
+        f"data.train.own.shards={shards}",
+        f"data.sample_rate_hz={SAMPLE_RATE_HZ}",
+        "training.global_batch_size=4",
+        "model.audio.name=tiny-audio-32",
+        "model.text.name=tiny-64",
+    ]
+    trained = {name: value + 1 for name, value in prepare(read_recipe(words), World()).model.state_dict().items()}
+    save_file(trained, tmp_path / "stage1.safetensors")
+    words += [f"model.init={tmp_path / 'stage1.safetensors'}", "training.seed=1"]
+    # Where the towers came from in the first place does not matter any more.
+    words += ["model.text.pretrained=laion2b_s34b_b79k"]
+    learned = prepare(read_recipe(words), World()).model.state_dict()
+    assert all(torch.equal(value, trained[name]) for name, value in learned.items())
+    frozen = prepare(
+        read_recipe([*words, "model.learn_temperature=false", "model.init_temperature=0.05"]), World()
+    ).model
+    assert frozen.scale().item() == pytest.approx(20)
+    assert torch.equal(frozen.state_dict()["audio.transformer.proj"], trained["audio.transformer.proj"])
+    assert learned["logit_scale"].item() == pytest.approx(1 - math.log(0.07))
+    with pytest.raises(UserError, match=r"model.init and model.text.init exclude each other"):
+        read_recipe([*words, "model.text.init=elsewhere"])

@@ -47,6 +47,19 @@ def test_the_best_one_stays_until_a_better_one_comes(tmp_path: Path, best_is: st
     assert json.loads((tmp_path / "checkpoints" / "best.json").read_text())["name"] == f"step-0000000{best_step}"
 
 
+def test_the_best_one_can_be_named_in_place_of_its_folder(tmp_path: Path) -> None:
+    saver = saver_of(tmp_path, model := nn.Linear(3, 2), best_metric="recall")
+    best = tmp_path / "checkpoints" / "best"
+    with pytest.raises(UserError, match=r"no best checkpoint at .*: train with checkpoint.best_metric"):
+        checkpoint.read_weights(str(best))
+    for step, recall in [(1, 0.1), (2, 0.5), (3, 0.2)]:
+        nn.init.constant_(model.bias, step)
+        saver.save(at(step))
+        saver.note_metrics(step, {"recall": recall})
+    assert checkpoint.read_weights(str(best))["bias"].tolist() == [2, 2]
+    assert checkpoint.read_weights(str(tmp_path))["bias"].tolist() == [3, 3]
+
+
 def test_a_metric_that_is_not_evaluated_is_named(tmp_path: Path) -> None:
     saver = saver_of(tmp_path, best_metric="recal")
     saver.save(at(1))
