@@ -26,10 +26,11 @@ class Batch:
     """One rank's part of a global batch: B clips.
 
     waveform_BS int16, num_valid_samples_B int64, frames_BLHWC uint8 (L may be 0), frame_numbers_BL int64 (which
-    of the clip's frames these are), mask_uniforms_B4 float32, tokens_BC int64 or None without a text tower; the
-    rest are plain lists of length B, but for counts, which say what the process that made the batch has read since
-    the one before. Where features are read, frame_embeddings_BLD float32 has every frame of a clip, and
-    caption_embeddings_ND that of its drawn caption, at evaluation of all its captions, clip after clip.
+    of the clip's frames these are), lone_frame_B int64 (which of them stands for the clip alone), mask_uniforms_B4
+    float32, tokens_BC int64 or None without a text tower; the rest are plain lists of length B, but for counts, which
+    say what the process that made the batch has read since the one before. Where features are read,
+    frame_embeddings_BLD float32 has every frame of a clip, and caption_embeddings_ND that of its drawn caption, at
+    evaluation of all its captions, clip after clip.
     """
 
     keys: list[str]
@@ -39,6 +40,7 @@ class Batch:
     num_valid_samples_B: torch.Tensor
     frames_BLHWC: torch.Tensor
     frame_numbers_BL: torch.Tensor
+    lone_frame_B: torch.Tensor
     mask_uniforms_B4: torch.Tensor
     tokens_BC: torch.Tensor | None
     bad_samples: list[BadSample]
@@ -48,11 +50,18 @@ class Batch:
 
     @property
     def frame_embeddings_BD(self) -> torch.Tensor | None:
-        """The embedding of each clip's chosen frame, the first where there are several; None without features."""
-        if self.frame_embeddings_BLD is None:
-            return None
-        place_B = torch.arange(len(self.keys), device=self.frame_numbers_BL.device)
-        return self.frame_embeddings_BLD[place_B, self.frame_numbers_BL[:, 0]]
+        """The embedding of the frame that stands for each clip; None without features."""
+        return None if self.frame_embeddings_BLD is None else _picked(self.frame_embeddings_BLD, self.lone_frame_B)
+
+    @property
+    def frames_BHWC(self) -> torch.Tensor | None:
+        """The frame that stands for each clip, be it decoded alone or among all; None without pictures."""
+        match self.frames_BLHWC.shape[1]:
+            case 0:
+                return None
+            case 1:
+                return self.frames_BLHWC[:, 0]
+        return _picked(self.frames_BLHWC, self.lone_frame_B)
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory (called by the DataLoader)."""
@@ -94,12 +103,17 @@ def collate(
         num_valid_samples_B=torch.tensor([clip.num_valid_samples for clip in clips]),
         frames_BLHWC=frames_BLHWC,
         frame_numbers_BL=torch.tensor([clip.frame_numbers for clip in clips], dtype=torch.int64),
+        lone_frame_B=torch.tensor([clip.lone_frame for clip in clips]),
         mask_uniforms_B4=torch.from_numpy(np.stack([clip.mask_uniforms for clip in clips])),
         tokens_BC=tokenize(captions) if tokenize is not None else None,
         bad_samples=bad_samples,
         frame_embeddings_BLD=_joined(np.stack, [clip.frame_embeddings for clip in clips]),
         caption_embeddings_ND=_joined(np.concatenate, [clip.caption_embeddings for clip in clips]),
     )
+
+
+def _picked(all_BLX: torch.Tensor, number_B: torch.Tensor) -> torch.Tensor:
+    return all_BLX[torch.arange(len(number_B), device=number_B.device), number_B]
 
 
 def _joined(

@@ -81,6 +81,7 @@ class Clip:
 
     waveform: int16 [clip_samples]. num_valid_samples: how many of them are sound, not padding. frames:
     uint8 [frames chosen, frame_pixels, frame_pixels, 3]. frame_numbers: which of the clip's frames were chosen.
+    lone_frame: the one that stands for the clip where one does, random in training, the middle one at evaluation.
     mask_uniforms: float32 [4] in [0, 1), where SpecAugment's masks lie. caption_number: which of metadata.text
     was drawn, -1 without captions. frame_embeddings: float32 [num_frames, D] of every frame, caption_embeddings:
     float32 [captions, D], where a run reads features.
@@ -92,6 +93,7 @@ class Clip:
     num_valid_samples: int
     frames: NDArray[np.uint8]
     frame_numbers: list[int]
+    lone_frame: int
     mask_uniforms: NDArray[np.float32]
     caption_number: int
     frame_embeddings: NDArray[np.float32] | None = None
@@ -146,6 +148,7 @@ def decode_clip(
         num_valid_samples=num_valid_samples,
         frames=into.frames_LHWC,
         frame_numbers=frame_numbers,
+        lone_frame=lone_frame(config, frame_uniform),
         mask_uniforms=uniforms[3:].astype(np.float32),
         caption_number=int(caption_uniform * len(metadata.text)) if metadata.text else -1,
     )
@@ -157,11 +160,20 @@ def chosen_frames(config: DecodeConfig, frame_uniform: float) -> list[int]:
         case "none":
             return []
         case "random":
-            return [int(frame_uniform * config.num_frames)]
+            return [_random_frame(config, frame_uniform)]
         case "middle":
             return [config.num_frames // 2]
         case "all":
             return list(range(config.num_frames))
+
+
+def lone_frame(config: DecodeConfig, frame_uniform: float) -> int:
+    """The number of the frame that stands for a clip alone, be it decoded alone or among all."""
+    return _random_frame(config, frame_uniform) if config.random else config.num_frames // 2
+
+
+def _random_frame(config: DecodeConfig, frame_uniform: float) -> int:
+    return int(frame_uniform * config.num_frames)
 
 
 def decode_metadata(content: bytes, key: str) -> ClipMetadata:

@@ -79,6 +79,7 @@ def _blank_clip(key: str, decode: DecodeConfig, into: ClipArrays) -> Clip:
         num_valid_samples=0,
         frames=into.frames_LHWC,
         frame_numbers=list(range(num_frames)),
+        lone_frame=0,
         mask_uniforms=np.zeros(4, np.float32),
         caption_number=-1,
     )

@@ -65,17 +65,24 @@ class Block:
 
     def add_gradient(self, tile: slice, g_cN: torch.Tensor) -> None:
         """Take in the gradient with respect to a tile's scores; it may be rounded in place."""
-        g_cN = self._as_read(g_cN) if g_cN.device.type != "cpu" else g_cN.copy_(g_cN.to(self._read_dtype))
+        g_cN = self._rounded(g_cN)
         self._product(g_cN, self._t_ND, self.grad_x_nD[tile])
-        if g_cN.dtype == self.dtype:
-            self.grad_t_ND.addmm_(g_cN.T, self._x_nD[tile])
-        else:
-            self.grad_t_ND += torch.mm(g_cN.T, self._x_nD[tile], out_dtype=self.dtype)
+        self._add_product(g_cN.T, self._x_nD[tile], self.grad_t_ND)
+
+    def _rounded(self, g_cN: torch.Tensor) -> torch.Tensor:
+        """As products read it; on a CPU in its own memory."""
+        return self._as_read(g_cN) if g_cN.device.type != "cpu" else g_cN.copy_(g_cN.to(self._read_dtype))
 
     def _as_read(self, tensor: torch.Tensor) -> torch.Tensor:
         # A CPU has no product that reads bfloat16 and writes float32; rounding first says the same.
         read = tensor.to(self._read_dtype)
         return read.to(self.dtype) if tensor.device.type == "cpu" else read
+
+    def _add_product(self, left: torch.Tensor, right: torch.Tensor, to: torch.Tensor) -> None:
+        if left.dtype == self.dtype:
+            to.addmm_(left, right)
+        else:
+            to += torch.mm(left, right, out_dtype=self.dtype)
 
     def _product(self, left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         if left.dtype == self.dtype:

@@ -23,6 +23,10 @@ class LossConfig:
     teacher_weight: the same for the softmax of the teachers' mean cosine / teacher_temperature.
     direction: ``first_to_second`` finds, in the order of the task's name, the second side for each row of the first;
     ``both`` averages the two directions.
+    frame_match (audio-image only): how a clip's frames stand for it (Temporal agreement). ``one`` is a random frame;
+    ``nearest`` the own frame with the highest cosine to the sound; ``maximum`` takes the best frame for every pair of
+    the batch; ``multiframe`` all frames against as many parts of the sound, with model.audio.num_outputs. Before the
+    epoch frame_match_from_epoch, counted from 0, ``nearest`` and ``maximum`` are ``one``.
     tile_bytes: memory for tiles of the cosines; the more ranks and clips, the fewer rows a tile holds.
     """
 
@@ -33,6 +37,8 @@ class LossConfig:
     teacher_weight: float = 0.0
     teacher_temperature: float = 0.05
     direction: Literal["both", "first_to_second", "second_to_first"] = "both"
+    frame_match: Literal["one", "nearest", "maximum", "multiframe"] = "one"
+    frame_match_from_epoch: int = 0
     tile_bytes: int = 1 << 28
 
     def __post_init__(self) -> None:
@@ -44,8 +50,19 @@ class LossConfig:
                 raise UserError(f"loss.{key}={value} must be 0 or more")
         if not any(getattr(self, key) for key in weights):
             raise UserError("the loss has no term: set loss.pair_weight, loss.recording_weight or loss.teacher_weight")
+        if self.frame_match_from_epoch < 0:
+            raise UserError(f"loss.frame_match_from_epoch={self.frame_match_from_epoch} must not be negative")
+        if self.frame_match_from_epoch and self.frame_match in ("one", "multiframe"):
+            raise UserError(
+                f"loss.frame_match={self.frame_match} is the same in every epoch: set "
+                "loss.frame_match_from_epoch=0, or loss.frame_match=nearest"
+            )
         if self.name == "sigmoid":
             self._check_sigmoid()
+
+    def takes_all_frames(self, epoch: int) -> bool:
+        """Whether the loss of this epoch, counted from 0, sees every frame of a clip."""
+        return self.frame_match != "one" and epoch >= self.frame_match_from_epoch
 
     def _check_sigmoid(self) -> None:
         if self.teacher_weight:

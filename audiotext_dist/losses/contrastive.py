@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from audiotext_dist.losses.block import Block, BlockLoss
 from audiotext_dist.losses.config import LossConfig
+from audiotext_dist.losses.frame_match import FramesBlock
 from audiotext_dist.losses.gather import RowLayout, gather_rows, reduce_scatter_rows, row_layout
 from audiotext_dist.losses.sigmoid import sigmoid_loss
 from audiotext_dist.losses.softmax import softmax_loss
@@ -66,7 +67,8 @@ def contrastive_loss(
     temperature included. Ranks may hold different numbers of rows, or none.
 
     Args:
-        a_nD, t_nD: this rank's L2-normalised embeddings, float32 or float64.
+        a_nD, t_nD: this rank's L2-normalised embeddings, float32 or float64; t_nD may be [n, L, D], whose row scores as
+            the best of its L frames.
         scale: [1], 1 / temperature.
         bias: [1], of ``sigmoid`` alone.
         recording_n: int64, from ``targets.recording_ids``; needed by the recording term.
@@ -75,7 +77,7 @@ def contrastive_loss(
         matmul_dtype: bfloat16 lets matmuls read so; sums stay as the embeddings are.
         group: None is every rank.
     """
-    assert a_nD.shape == t_nD.shape, "one row a side for each clip"
+    assert len(a_nD) == len(t_nD), "one row a side for each clip"
     assert scale.shape == (1,)
     assert (bias is not None) == (config.name == "sigmoid")
     assert recording_n is not None or not config.recording_weight
@@ -88,7 +90,8 @@ def contrastive_loss(
     with torch.no_grad():
         layout = row_layout(len(x_nD), x_nD.device, group)
         targets = make_targets(config, layout, recording_n, like=x_nD)
-        block = Block(x_nD, gather_rows(t_nD.to(matmul_dtype or t_nD.dtype), layout))
+        kind = Block if t_nD.ndim == 2 else FramesBlock
+        block = kind(x_nD, gather_rows(t_nD.to(matmul_dtype or t_nD.dtype), layout))
         if config.name == "sigmoid":
             assert bias is not None
             made = sigmoid_loss(block, targets, bias, config)

@@ -133,8 +133,9 @@ class _Run:
             for batch in in_step(meter.waiting_for(self._prepared.batches(range(self._step, self._last_step)))):
                 self._set_learning_rates()
                 seed_step(recipe.training.seed, self._step, self._world.rank)
+                epoch = self._step // self._steps_an_epoch
                 result = train_step(
-                    self._engine, model, batch, self._health, recipe.loss, recipe.training.autocast_dtype
+                    self._engine, model, batch, self._health, recipe.loss, epoch, recipe.training.autocast_dtype
                 )
                 self._step += 1
                 self._health.note(self._step, result.loss, result.sickness, batch.keys, self._world)

@@ -67,7 +67,7 @@ class Prepared:
             self.plan,
             data.decode_config(
                 audio="audio" in self.recipe.task,
-                frames="random" if "image" in self.recipe.task else "none",
+                frames=self.recipe.training_frames,
                 frame_pixels=self.model.frame_pixels,
                 random=True,
             ),

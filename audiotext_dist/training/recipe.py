@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 
 from audiotext_dist import configuration
+from audiotext_dist.data.decode import FrameChoice
 from audiotext_dist.data.sets import DataConfig
 from audiotext_dist.errors import UserError, require_positive
 from audiotext_dist.losses.config import LossConfig
@@ -103,6 +104,7 @@ class Recipe:
                 "hide each parameter's norm: set engine.zero_stage=0, or optim.name=adamw"
             )
         self._check_loss()
+        self._check_frame_match()
         fbank = self.model.audio.fbank
         heard_seconds = fbank.num_fbank_frames * fbank.frame_shift_ms / 1000
         if "audio" in self.task and self.data.clip_seconds > heard_seconds + fbank.frame_length_ms / 1000:
@@ -130,6 +132,35 @@ class Recipe:
             raise UserError(
                 f"loss.teacher_weight={self.loss.teacher_weight} needs the teachers' embeddings, which no key of the "
                 "data gives yet: set it to 0"
+            )
+
+    @property
+    def training_frames(self) -> FrameChoice:
+        """Which frames of a clip are decoded in training."""
+        if "image" not in self.task:
+            return "none"
+        return "random" if self.loss.frame_match == "one" else "all"
+
+    def _check_frame_match(self) -> None:
+        loss, num_outputs, num_frames = self.loss, self.model.audio.num_outputs, self.data.num_frames
+        if loss.frame_match != "one" and self.task != "audio-image":
+            raise UserError(
+                f"loss.frame_match={loss.frame_match} matches sound to frames, not task={self.task}: set it to one"
+            )
+        if loss.frame_match_from_epoch >= self.training.num_epochs:
+            raise UserError(
+                f"loss.frame_match_from_epoch={loss.frame_match_from_epoch} never comes in training.num_epochs="
+                f"{self.training.num_epochs} epochs, counted from 0: lower it"
+            )
+        if loss.frame_match == "multiframe" and num_outputs != num_frames:
+            raise UserError(
+                f"loss.frame_match=multiframe needs an audio output a frame, but model.audio.num_outputs={num_outputs} "
+                f"and data.num_frames={num_frames}: set the first to {num_frames}"
+            )
+        if self.task == "audio-image" and loss.frame_match != "multiframe" and num_outputs > 1:
+            raise UserError(
+                f"model.audio.num_outputs={num_outputs} goes with loss.frame_match=multiframe, not {loss.frame_match}: "
+                "set it to 1"
             )
 
     def num_micro_batches(self, world_size: int) -> int:

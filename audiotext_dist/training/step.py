@@ -23,6 +23,7 @@ from audiotext_dist.distributed import mean_over_ranks
 from audiotext_dist.errors import UserError
 from audiotext_dist.losses.config import LossConfig
 from audiotext_dist.losses.contrastive import LossOutput, Teachers, contrastive_loss
+from audiotext_dist.losses.frame_match import match_frames
 from audiotext_dist.losses.targets import recording_ids
 from audiotext_dist.models.dual_encoder import DualEncoder, ModelInputs
 from audiotext_dist.training.engine import Engine
@@ -60,6 +61,7 @@ def train_step(
     batch: Batch,
     health: HealthWatch,
     loss: LossConfig,
+    epoch: int = 0,
     matmul_dtype: torch.dtype | None = None,
     teachers: Teachers | None = None,
 ) -> StepResult:
@@ -68,11 +70,13 @@ def train_step(
 
     def loss_of(a_nD: Tensor, b_nD: Tensor, scale: Tensor, bias: Tensor | None) -> LossOutput:
         recording_n = recordings.to(a_nD.device)
-        return contrastive_loss(
+        b_nD, frame_figures = match_frames(a_nD, b_nD, loss)
+        output = contrastive_loss(
             a_nD, b_nD, scale, loss, bias=bias, recording_n=recording_n, teachers=teachers, matmul_dtype=matmul_dtype
         )
+        return output._replace(figures=output.figures | frame_figures)
 
-    return update(engine, model, model_inputs(batch), loss_of, health)
+    return update(engine, model, model_inputs(batch, all_frames=loss.takes_all_frames(epoch)), loss_of, health)
 
 
 def update(engine: Engine, model: DualEncoder, inputs: ModelInputs, loss_of: LossOf, health: HealthWatch) -> StepResult:
@@ -172,15 +176,17 @@ def check_finite_weights(model: DualEncoder, step: int) -> None:
             raise UserError(f"{name} is not finite after step {step}, and no checkpoint is made: {MEND_OF_DIVERGENCE}")
 
 
-def model_inputs(batch: Batch) -> ModelInputs:
-    """What the towers take of a batch; a clip's one chosen frame stands for it."""
-    has_frames = batch.frames_BLHWC.shape[1] > 0
+def model_inputs(batch: Batch, *, all_frames: bool = False) -> ModelInputs:
+    """What the towers take of a batch; without all_frames, one frame stands for each clip."""
+    frames, known = batch.frames_BHWC, batch.frame_embeddings_BD
+    if all_frames:
+        frames, known = None if frames is None else batch.frames_BLHWC, batch.frame_embeddings_BLD
     return ModelInputs(
         waveform_NS=batch.waveform_BS,
         num_valid_samples_N=batch.num_valid_samples_B,
         mask_uniforms_N4=batch.mask_uniforms_B4,
-        frames_NHWC=batch.frames_BLHWC[:, 0] if has_frames else None,
+        frames_NHWC=frames,
         tokens_NC=batch.tokens_BC,
-        image_embeddings_ND=batch.frame_embeddings_BD,
+        image_embeddings_ND=known,
         text_embeddings_ND=batch.caption_embeddings_ND,
     )

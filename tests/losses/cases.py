@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from audiotext_dist.losses.config import LossConfig
 from audiotext_dist.losses.contrastive import Teachers, contrastive_loss
+from audiotext_dist.losses.frame_match import match_frames
 from audiotext_dist.losses.gather import gather_rows, reduce_scatter_rows, row_layout
 from audiotext_dist.losses.targets import join_teachers, recording_ids
 from audiotext_dist.models.dual_encoder import ModelInputs
@@ -31,6 +32,14 @@ CONFIGS = {
     "sigmoid, pairs": LossConfig(name="sigmoid", pair_weight=0.3, recording_weight=0.7),
     "sigmoid, left out": LossConfig(name="sigmoid", recording_weight=0.7, recording_form="left_out"),
 }
+FRAME_CONFIGS = {
+    "nearest": LossConfig(frame_match="nearest"),
+    "nearest, mean_a_row": LossConfig(frame_match="nearest", recording_weight=1, recording_form="mean_a_row"),
+    "maximum": LossConfig(frame_match="maximum"),
+    "maximum, left_out": LossConfig(frame_match="maximum", recording_weight=0.7, recording_form="left_out"),
+    "maximum, teachers": LossConfig(frame_match="maximum", teacher_weight=1.5),
+    "maximum, sigmoid": LossConfig(frame_match="maximum", name="sigmoid"),
+}
 COUNTS = {  # rows of each rank: even, uneven, with a rank that has none
     1: [[24]],
     2: [[12, 12], [7, 17]],
@@ -43,6 +52,11 @@ def rows(seed: int, num_rows: int = NUM_ROWS, dim: int = DIM, dtype=torch.float6
     return torch.randn(num_rows, dim, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
+def second_side(config: LossConfig) -> torch.Tensor:
+    """A row a clip, or three frames."""
+    return rows(2) if config.frame_match == "one" else rows(2, 3 * NUM_ROWS).reshape(NUM_ROWS, 3, DIM)
+
+
 def raw_teachers() -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(rows(10, dim=6), rows(11, dim=6)), (rows(12, dim=3), rows(13, dim=3))]
 
@@ -50,7 +64,7 @@ def raw_teachers() -> list[tuple[torch.Tensor, torch.Tensor]]:
 def whole_batch(config: LossConfig) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Loss and gradients of the naive loss."""
     model = SmallModel(bias=config.name == "sigmoid")
-    a, b = model(ModelInputs(waveform_NS=rows(1), tokens_NC=rows(2)))
+    a, b = model(ModelInputs(waveform_NS=rows(1), tokens_NC=second_side(config)))
     loss = naive_loss(config, a, b, model.scale(), model.logit_bias, RECORDINGS, raw_teachers())
     loss.backward()
     return loss.detach(), gradients(model)
@@ -64,7 +78,7 @@ def ranks_of_group(config: LossConfig, own: slice, group, num_micro_batches: int
     def loss_of(a, b, scale, bias):
         output = contrastive_loss(
             a,
-            b,
+            match_frames(a, b, config)[0],
             scale,
             config,
             bias=bias,
@@ -78,7 +92,7 @@ def ranks_of_group(config: LossConfig, own: slice, group, num_micro_batches: int
         return output
 
     engine = AveragingEngine(model, num_micro_batches, group)
-    inputs = ModelInputs(waveform_NS=rows(1)[own], tokens_NC=rows(2)[own])
+    inputs = ModelInputs(waveform_NS=rows(1)[own], tokens_NC=second_side(config)[own])
     step.update(engine, model, inputs, loss_of, watch())
     dist.all_reduce(losses[0], group=group)
     return losses[0] / dist.get_world_size(group), gradients(model)
@@ -88,7 +102,8 @@ def every_case(rank: int) -> list[tuple[str, float]]:
     """What each case is called, and how far its loss and gradients are from the naive ones."""
     # The mean that a step logs is over every rank, of which a group is only a part.
     step.mean_over_ranks = lambda values: values
-    expected = {name: whole_batch(config) for name, config in CONFIGS.items()}
+    configs = CONFIGS | {name: FRAME_CONFIGS[name] for name in ("nearest", "maximum, left_out", "maximum, sigmoid")}
+    expected = {name: whole_batch(config) for name, config in configs.items()}
     groups = {size: dist.new_group(list(range(size))) for size in COUNTS}
     errors = []
     for size, splits in COUNTS.items():
@@ -97,7 +112,7 @@ def every_case(rank: int) -> list[tuple[str, float]]:
         for counts in splits:
             own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
             even = len(set(counts)) == 1
-            for name, config in CONFIGS.items():
+            for name, config in configs.items():
                 # Tiles of one row, and of a few; micro-batches where the ranks have equal shares.
                 for tile_bytes, num_micro_batches in ((1, 1), (3000, 3 if even else 1)):
                     tiled = dataclasses.replace(config, tile_bytes=tile_bytes)

@@ -7,8 +7,15 @@ from audiotext_dist.losses.config import LossConfig
 
 
 def naive_loss(config: LossConfig, a, t, scale, bias=None, recording=None, teachers=None) -> torch.Tensor:
-    """Row i of a with row i of t; recording: list; teachers: pairs of embeddings, one a teacher."""
-    logits = scale * a @ t.T
+    """Row i of a with row i of t; recording: list; teachers: pairs of embeddings, one a teacher.
+
+    t may be [N, L, D]: the best frame of each pair, or of each clip for its own sound.
+    """
+    if config.frame_match == "nearest":
+        t = torch.stack(
+            [frames[torch.stack([own @ frame for frame in frames]).argmax()] for own, frames in zip(a, t, strict=True)]
+        )
+    logits = scale * (a @ t.T if t.ndim == 2 else torch.einsum("nd,mld->nml", a, t).amax(dim=2))
     own = torch.eye(len(a), dtype=torch.bool)
     same = own if recording is None else torch.tensor([[one == other for other in recording] for one in recording])
     if config.name == "sigmoid":

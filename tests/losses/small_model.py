@@ -27,7 +27,7 @@ class SmallModel(nn.Module):
 
     def forward(self, inputs: ModelInputs):
         return tuple(
-            functional.normalize(self.dropout(rows @ tower).tanh(), dim=1)
+            functional.normalize(self.dropout(rows @ tower).tanh(), dim=-1)
             for rows, tower in ((inputs.waveform_NS, self.a), (inputs.tokens_NC, self.b))
         )
 

@@ -26,6 +26,7 @@ _EMPTY = Batch(
     num_valid_samples_B=torch.zeros(0),
     frames_BLHWC=torch.zeros(0, 0, 0, 0, 3),
     frame_numbers_BL=torch.zeros(0, 0, dtype=torch.int64),
+    lone_frame_B=torch.zeros(0, dtype=torch.int64),
     mask_uniforms_B4=torch.zeros(0, 4),
     tokens_BC=None,
     bad_samples=[],
