@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torchaudio.compliance.kaldi import get_mel_banks
+from torchaudio.functional import resample
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import center_crop, resize
 
@@ -246,6 +247,11 @@ class LogMel(nn.Module):
         # How many widths a frequency lies above the left corner of each triangle, whose peak is at 1.
         above_NFK = (_mel(frequency_K) - lowest_N11) / width_N11 - left_F1
         return torch.minimum(above_NFK, 2 - above_NFK).clamp(min=0)
+
+
+def resampled(waveform_NS: Tensor, sample_rate_hz: int, wanted_hz: int) -> Tensor:
+    """The clips at the rate that a tower wants, float32 in [-1, 1], of int16 or of any float."""
+    return resample(_full_scale(waveform_NS), sample_rate_hz, wanted_hz)
 
 
 def _full_scale(waveform_NS: Tensor) -> Tensor:
