@@ -13,6 +13,7 @@ RUNTIME = [
     "setuptools",  # and torch's extension builder imports setuptools to do it
     "open_clip_torch>=3.2",
     "transformers",
+    "timm>=1.0",
     "webdataset>=1.0",
     "omegaconf>=2.4",
     "pyyaml",

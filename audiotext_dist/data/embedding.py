@@ -198,7 +198,7 @@ def _embed(
                 captions = [caption for metadata in batch.metadata for caption in metadata.text]
                 tokens_CT = model.text.tokenize(captions) if captions else torch.zeros(0, 1, dtype=torch.int64)
                 device = batch.waveform_BS.device
-                text_CD = model.embed_text(tokens_CT.to(device)) if captions else torch.zeros(0, model.text.embed_dim)
+                text_CD = model.embed_text(tokens_CT.to(device)) if captions else torch.zeros(0, model.embed_dim)
                 found |= {modality: _to_numpy(text_CD), OFFSETS: num_captions}
         row_of = np.repeat(np.array(rows), num_captions) if modality == "text" else np.array(rows)
         for row in bad:

@@ -15,7 +15,7 @@ from audiotext_dist.models.dual_encoder import DualEncoder, ModelConfig
 
 Modality = Literal["audio", "image", "text"]
 # Where a tower's weights came from; the digest of the weights says it better.
-_ORIGIN_KEYS = {"pretrained", "init", "init_from_image", "frozen"}
+_ORIGIN_KEYS = {"pretrained", "sha256", "init", "init_from_image", "frozen"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,17 +12,14 @@ Shapes: N clips, S samples, F mel bins, T frames, P columns, C width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torchaudio.functional import melscale_fbanks
 
 from audiotext_dist.errors import require_positive
 from audiotext_dist.models.frontends import resampled
-from audiotext_dist.models.passt import init_linear
+from audiotext_dist.models.vit import VIT_EPS, init_linear, run_blocks, vit_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +48,12 @@ class AtstConfig:
     def __post_init__(self) -> None:
         require_positive(self, "atst", "sample_rate_hz", "num_mel_bins", "max_hz", "fft_size", "hop_samples")
         require_positive(self, "atst", "dynamic_range_db", "max_frames", "patch_frames", "width", "depth", "num_heads")
+
+    @property
+    def max_seconds(self) -> float:
+        """The longest clip whose columns all have a position."""
+        max_frames = (self.max_frames // self.patch_frames + 1) * self.patch_frames - 1
+        return (max_frames - 1) * self.hop_samples / self.sample_rate_hz
 
 
 class AtstTower(nn.Module):
@@ -115,9 +118,8 @@ class AtstTransformer(nn.Module):
         self.patch_embed = nn.ModuleDict({"patch_embed": nn.Linear(patch_size, config.width)})
         # Its first row is for a CLS token that this model does not have.
         self.pos_embed = nn.Parameter(torch.zeros(1, config.max_frames // config.patch_frames + 1, config.width))
-        norm = partial(nn.LayerNorm, eps=1e-6)
-        self.blocks = nn.ModuleList(Block(config.width, config.num_heads, norm_layer=norm) for _ in range(config.depth))
-        self.norm_frame = norm(config.width)
+        self.blocks = vit_blocks(config.depth, config.width, config.num_heads, qkv_bias=False)
+        self.norm_frame = nn.LayerNorm(config.width, eps=VIT_EPS)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.apply(init_linear)
 
@@ -126,17 +128,13 @@ class AtstTransformer(nn.Module):
         config = self.config
         num_columns = mel_NFT.shape[2] // config.patch_frames
         assert num_columns < self.pos_embed.shape[1], f"{num_columns} columns, positions for {self.pos_embed.shape[1]}"
-        columns_NFPK = mel_NFT[..., : num_columns * config.patch_frames].unflatten(2, (num_columns, -1))
+        columns_NFPK = mel_NFT[..., : num_columns * config.patch_frames].reshape(
+            *mel_NFT.shape[:2], num_columns, config.patch_frames
+        )
         # A patch is read bin by bin, each with its frames in order.
         patches_NPK = columns_NFPK.transpose(1, 2).flatten(2)
         tokens_NPC = self.patch_embed["patch_embed"](patches_NPK) + self.pos_embed[:, 1 : num_columns + 1]
         is_sound_NP = torch.arange(num_columns, device=mel_NFT.device) < num_columns_N[:, None]
-        # Broadcast over heads and queries.
-        attention_mask = is_sound_NP[:, None, None, :]
-        for block in self.blocks:
-            if self.grad_checkpointing and self.training:
-                tokens_NPC = checkpoint(block, tokens_NPC, attention_mask, use_reentrant=False)
-            else:
-                tokens_NPC = block(tokens_NPC, attention_mask)
-        embedding_NPC = self.norm_frame(tokens_NPC) * is_sound_NP[:, :, None]
-        return embedding_NPC.sum(dim=1) / num_columns_N.clamp(max=num_columns)[:, None]
+        tokens_NPC = run_blocks(self.blocks, tokens_NPC, is_sound_NP, again=self.grad_checkpointing)
+        sum_NC: Tensor = (self.norm_frame(tokens_NPC) * is_sound_NP[:, :, None]).sum(dim=1)
+        return sum_NC / num_columns_N.clamp(max=num_columns)[:, None]

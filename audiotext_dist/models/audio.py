@@ -22,32 +22,69 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from audiotext_dist.errors import UserError, require_positive
+from audiotext_dist.models.atst import AtstConfig
 from audiotext_dist.models.clip import create_clip
 from audiotext_dist.models.frontends import Fbank, FbankConfig
+from audiotext_dist.models.mobilenet import MobileNetConfig
+from audiotext_dist.models.passt import PasstConfig
+from audiotext_dist.models.windows import Windows
+
+Kind = Literal["clip", "passt", "mobilenet", "atst"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class AudioTowerConfig:
-    """A CLIP vision transformer over FBANK.
+    """The audio tower: CLIP's vision transformer over FBANK, or one of the other kinds, each with a group of its own.
 
-    name: open_clip model. pretrained: its tag or a local weights file; null is random. init: a run
-    folder or export whose own tower of this kind is loaded over that. init_from_image: copy
+    pretrained: for clip a tag of its model or a local weights file, for passt, mobilenet and atst a published name
+    (passt_s_p16_s16_128_ap468, mn10_as), a file or a URL; null is random. sha256: what that file must be. init: a run
+    folder or export whose own tower of this kind is loaded over that. frozen: no gradient, evaluation mode always.
+    window_seconds, window_hop_seconds: a longer clip is the mean over such windows, of those that hold sound; null for
+    none, and for windows without overlap. Of clip alone: name: open_clip model. init_from_image: copy
     the model's image tower instead of reading ``name`` and ``pretrained``. stride_frames, stride_bins: of
     the patches, in FBANK frames and mel bins; the patch itself has the size of the CLIP model's.
     """
 
+    kind: Kind = "clip"
     name: str = "ViT-B-32"
     pretrained: str | None = None
+    sha256: str | None = None
     init: str | None = None
     init_from_image: bool = False
+    frozen: bool = False
+    window_seconds: float | None = None
+    window_hop_seconds: float | None = None
     stride_frames: int = 16
     stride_bins: int = 24
     num_outputs: int = 1
     outputs: Literal["segments", "tokens"] = "segments"
     fbank: FbankConfig = field(default_factory=FbankConfig)
+    passt: PasstConfig = field(default_factory=PasstConfig)
+    mobilenet: MobileNetConfig = field(default_factory=MobileNetConfig)
+    atst: AtstConfig = field(default_factory=AtstConfig)
 
     def __post_init__(self) -> None:
-        require_positive(self, "model.audio", "num_outputs")
+        require_positive(self, "model.audio", "num_outputs", "window_seconds", "window_hop_seconds")
+        if self.window_hop_seconds is not None and self.window_hop_seconds > (self.window_seconds or 0):
+            raise UserError(
+                f"model.audio.window_hop_seconds={self.window_hop_seconds:g} is more than model.audio.window_seconds="
+                f"{self.window_seconds}, which would leave sound unheard: lower it"
+            )
+        if self.kind != "clip" and (self.init_from_image or self.num_outputs > 1):
+            raise UserError(
+                f"model.audio.kind={self.kind} has no init_from_image and one output: set kind=clip, or leave them out"
+            )
+        if self.window_seconds is not None and self.num_outputs > 1:
+            raise UserError("model.audio.num_outputs are of a whole clip: set model.audio.window_seconds=null")
+
+    def windows(self, sample_rate_hz: int) -> Windows | None:
+        """The windows that a clip is heard in, or None for all of it at once."""
+        if self.window_seconds is None:
+            return None
+        hop_seconds = self.window_hop_seconds or self.window_seconds
+        return Windows(
+            window_samples=round(self.window_seconds * sample_rate_hz), hop_samples=round(hop_seconds * sample_rate_hz)
+        )
 
 
 class ChannelMeanConv(nn.Module):

@@ -9,15 +9,17 @@ import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from audiotext_dist.errors import UserError, require_positive
-from audiotext_dist.models.audio import AudioTower, AudioTowerConfig, create_audio_tower
+from audiotext_dist.models.audio import AudioTower, AudioTowerConfig
 from audiotext_dist.models.image import ImageTower, ImageTowerConfig
 from audiotext_dist.models.text import TextTower, TextTowerConfig
+from audiotext_dist.models.towers import AnyAudioTower, build_audio_tower
+from audiotext_dist.models.windows import Windows
 
 Task = Literal["audio-image", "audio-text", "image-text"]
 
@@ -27,7 +29,8 @@ class ModelConfig:
     """Towers and temperature; a task builds only the two towers it names.
 
     init: a run folder, checkpoint or export of these very towers, from which the whole model starts; its temperature
-    too, unless learn_temperature=false, where init_temperature holds.
+    too, unless learn_temperature=false, where init_temperature holds. projection_dim: of one trained linear layer after
+    each tower, also after a frozen one; null keeps what the towers say, which then must have the same dimensions.
     init_temperature: of the softmax; CLIP's 0.07. max_logit_scale: upper bound of 1 / temperature.
     init_logit_bias: of loss.name=sigmoid, which starts well from -10 with init_temperature=0.1; null for softmax.
     """
@@ -36,6 +39,7 @@ class ModelConfig:
     image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
     init: str | None = None
+    projection_dim: int | None = None
     init_temperature: float = 0.07
     learn_temperature: bool = True
     max_logit_scale: float = 100.0
@@ -43,7 +47,7 @@ class ModelConfig:
 
     def without_weights(self) -> ModelConfig:
         """The same towers, to be filled from a checkpoint: nothing is read or downloaded to build them."""
-        audio = dataclasses.replace(self.audio, pretrained=None, init=None, init_from_image=False)
+        audio = dataclasses.replace(self.audio, pretrained=None, sha256=None, init=None, init_from_image=False)
         if self.audio.init_from_image:
             audio = dataclasses.replace(audio, name=self.image.name)
         return dataclasses.replace(
@@ -55,7 +59,7 @@ class ModelConfig:
         )
 
     def __post_init__(self) -> None:
-        require_positive(self, "model", "init_temperature", "max_logit_scale")
+        require_positive(self, "model", "init_temperature", "max_logit_scale", "projection_dim")
         for modality in ("audio", "image", "text"):
             if self.init is not None and getattr(self, modality).init is not None:
                 raise UserError(f"model.init and model.{modality}.init exclude each other: leave one of them out")
@@ -96,15 +100,18 @@ class DualEncoder(nn.Module):
         self,
         config: ModelConfig,
         *,
-        audio: AudioTower | None,
+        audio: AnyAudioTower | None,
         image: ImageTower | None,
         text: TextTower | None,
+        windows: Windows | None = None,
         autocast_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.audio = audio
         self.image = image
         self.text = text
+        self.windows = windows
+        self.is_audio_frozen = config.audio.frozen
         self.autocast_dtype = autocast_dtype
         self.max_log_scale = math.log(config.max_logit_scale)
         self.logit_scale = nn.Parameter(
@@ -112,6 +119,22 @@ class DualEncoder(nn.Module):
         )
         bias = config.init_logit_bias
         self.logit_bias = None if bias is None else nn.Parameter(torch.full((1,), bias))
+        if audio is not None and self.is_audio_frozen:
+            audio.requires_grad_(False)
+        self.embed_dim = config.projection_dim or next(tower.embed_dim for tower in (audio, image, text) if tower)
+        for tower in (audio, image, text):
+            if tower is not None:
+                # Inside its tower, with which it is loaded, saved and given a rate of its own.
+                dim = config.projection_dim
+                tower.projection = nn.Identity() if dim is None else nn.Linear(tower.embed_dim, dim)
+        self.train()
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode, but for what is frozen."""
+        super().train(mode)
+        if self.is_audio_frozen and self.audio is not None:
+            self.audio.eval()
+        return self
 
     def forward(self, inputs: ModelInputs) -> tuple[Tensor, Tensor]:
         """The task's two sides in the order of its name, each float32 [N, D] of unit length.
@@ -144,8 +167,14 @@ class DualEncoder(nn.Module):
         The outputs of a tower with several are one vector [N, L * D] beside an image tower, else their mean.
         """
         assert self.audio is not None
+        if self.is_audio_frozen:
+            mask_uniforms_N4 = None  # it says the same of a clip always
         with self._precision(waveform_NS.device):
-            embedding_ND = self.audio(waveform_NS, num_valid_samples_N, mask_uniforms_N4)
+            if self.windows is None:
+                embedding_ND = self.audio(waveform_NS, num_valid_samples_N, mask_uniforms_N4)
+            else:
+                embedding_ND = self.windows.mean(self.audio, waveform_NS, num_valid_samples_N, mask_uniforms_N4)
+            embedding_ND = _projected(self.audio, embedding_ND)
         if embedding_ND.ndim == 3 and not self.matches_all_frames:
             embedding_ND = embedding_ND.float().mean(dim=1)
         return unit_length(embedding_ND.flatten(1))
@@ -154,13 +183,13 @@ class DualEncoder(nn.Module):
         """uint8 RGB [N, H, W, 3] -> float32 [N, D] of unit length; [N, L, H, W, 3] -> [N, L, D]."""
         assert self.image is not None
         with self._precision(frames_NHWC.device):
-            embedding_ND = self.image(frames_NHWC.flatten(0, -4))
+            embedding_ND = _projected(self.image, self.image(frames_NHWC.flatten(0, -4)))
         return unit_length(embedding_ND.unflatten(0, frames_NHWC.shape[:-3]))
 
     @property
     def matches_all_frames(self) -> bool:
         """True under Multiframe Match (Temporal agreement, Eq. 4)."""
-        return self.image is not None and self.audio is not None and self.audio.num_outputs > 1
+        return self.image is not None and isinstance(self.audio, AudioTower) and self.audio.num_outputs > 1
 
     def joined(self, frames_NLD: Tensor) -> Tensor:
         """All frames as one unit vector [N, L * D] under Multiframe Match, whose cosine is Eq. 4; else as they are.
@@ -175,7 +204,7 @@ class DualEncoder(nn.Module):
         """int64 [N, C] from ``TextTower.tokenize`` -> float32 [N, D] of unit length."""
         assert self.text is not None
         with self._precision(tokens_NC.device):
-            embedding_ND = self.text(tokens_NC)
+            embedding_ND = _projected(self.text, self.text(tokens_NC))
         return unit_length(embedding_ND)
 
     @property
@@ -209,7 +238,7 @@ def build_model(
     modalities = task.split("-")
     image = ImageTower(config.image) if "image" in modalities else None
     text = TextTower(config.text) if "text" in modalities else None
-    audio = None
+    audio: AnyAudioTower | None = None
     if "audio" in modalities:
         if config.audio.init_from_image:
             if image is None:
@@ -219,14 +248,22 @@ def build_model(
                 )
             audio = AudioTower(config.audio, sample_rate_hz, image.visual)
         else:
-            audio = create_audio_tower(config.audio, sample_rate_hz)
+            audio = build_audio_tower(config.audio, sample_rate_hz)
     dims = [f"{tower.embed_dim}" for tower in (audio, image, text) if tower is not None]
-    if dims[0] != dims[1]:
+    if dims[0] != dims[1] and config.projection_dim is None:
         raise UserError(
             f"the {modalities[0]} tower gives {dims[0]} dimensions and the {modalities[1]} tower {dims[1]}: "
-            "choose two models of one size"
+            "choose two models of one size, or set model.projection_dim"
         )
-    return DualEncoder(config, audio=audio, image=image, text=text, autocast_dtype=autocast_dtype)
+    windows = config.audio.windows(sample_rate_hz)
+    return DualEncoder(config, audio=audio, image=image, text=text, windows=windows, autocast_dtype=autocast_dtype)
+
+
+def _projected(tower: nn.Module, embedding_ND: Tensor) -> Tensor:
+    projection = tower.projection
+    assert isinstance(projection, nn.Module)
+    projected_ND: Tensor = projection(embedding_ND)
+    return projected_ND
 
 
 def unit_length(embedding_ND: Tensor) -> Tensor:

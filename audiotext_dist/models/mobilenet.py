@@ -7,6 +7,7 @@ Shapes: N clips, C channels, F and T of the feature map.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, Self
@@ -76,7 +77,7 @@ class MobileNetTower(nn.Module):
         outer = partial(Conv2dNormActivation, norm_layer=norm, activation_layer=nn.Hardswish)
         self.features = nn.Sequential(
             outer(1, first, kernel_size=3, stride=2),
-            *(InvertedResidual(block, norm, SqueezeExcitation) for block in blocks),
+            *(InvertedResidual(block, norm, _named_excitation) for block in blocks),
             outer(last, self.embed_dim, kernel_size=1),
         )
         for module in self.features.modules():
@@ -114,11 +115,11 @@ class MobileNetTower(nn.Module):
         if not (dist.is_initialized() and dist.get_world_size() > 1):
             return
         buffers = [buffer for buffer in self.features.buffers() if buffer.is_floating_point()]
-        flat = torch.cat([buffer.flatten() for buffer in buffers])
+        flat = torch.cat(buffers)
         dist.all_reduce(flat)
-        flat /= dist.get_world_size()
-        for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
-            buffer.copy_(mean.view_as(buffer))
+        means = torch.split(flat / dist.get_world_size(), [len(buffer) for buffer in buffers])
+        for buffer, mean in zip(buffers, means, strict=True):
+            buffer.copy_(mean)
 
 
 class SqueezeExcitation(nn.Module):
@@ -126,13 +127,15 @@ class SqueezeExcitation(nn.Module):
 
     def __init__(self, num_channels: int, num_squeezed: int) -> None:
         super().__init__()
-        # One of the concurrent layers that EfficientAT could have: that over channels.
-        layers = {"fc1": nn.Linear(num_channels, num_squeezed), "fc2": nn.Linear(num_squeezed, num_channels)}
-        self.conc_se_layers = nn.ModuleList([nn.ModuleDict(layers)])
+        self.fc1, self.fc2 = nn.Linear(num_channels, num_squeezed), nn.Linear(num_squeezed, num_channels)
 
     def forward(self, features_NCFT: Tensor) -> Tensor:
         """As large as its input."""
-        (layers,) = self.conc_se_layers
-        scale_NC = layers["fc2"](layers["fc1"](features_NCFT.mean(dim=(2, 3))).relu()).sigmoid()
+        scale_NC = self.fc2(self.fc1(features_NCFT.mean(dim=(2, 3))).relu()).sigmoid()
         scaled_NCFT: Tensor = scale_NC[:, :, None, None] * features_NCFT
         return scaled_NCFT
+
+
+def _named_excitation(num_channels: int, num_squeezed: int) -> nn.Module:
+    """Under its published name: EfficientAT could have several at once, over time and frequency as well."""
+    return nn.Sequential(OrderedDict(conc_se_layers=nn.Sequential(SqueezeExcitation(num_channels, num_squeezed))))

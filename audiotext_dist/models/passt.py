@@ -11,16 +11,14 @@ Shapes: N clips, C width, F and T rows and columns of patches, P tokens, D embed
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from audiotext_dist.errors import UserError, require_positive
 from audiotext_dist.models.frontends import LogMel, LogMelConfig, resampled
 from audiotext_dist.models.uniforms import more_uniforms
+from audiotext_dist.models.vit import VIT_EPS, init_linear, run_blocks, vit_blocks
 
 _TIME_STREAM, _FREQUENCY_STREAM = -1, -2
 
@@ -56,6 +54,12 @@ class PasstConfig:
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches that have a position."""
         return self.log_mel.num_mel_bins // self.stride, self.max_frames // self.stride
+
+    @property
+    def max_seconds(self) -> float:
+        """The longest clip whose patches all have a position."""
+        max_frames = self.grid[1] * self.stride + self.patch_size - 1
+        return max_frames * self.log_mel.hop_samples / self.sample_rate_hz
 
     def num_columns(self, num_samples: int) -> int:
         """Columns of patches in so many samples at ``sample_rate_hz``, may be more than have a position."""
@@ -104,11 +108,8 @@ class PasstTransformer(nn.Module):
         self.new_pos_embed = nn.Parameter(torch.zeros(1, 2, width))
         self.freq_new_pos_embed = nn.Parameter(torch.zeros(1, width, num_rows, 1))
         self.time_new_pos_embed = nn.Parameter(torch.zeros(1, width, 1, num_columns))
-        norm = partial(nn.LayerNorm, eps=1e-6)
-        self.blocks = nn.ModuleList(
-            Block(width, config.num_heads, qkv_bias=True, norm_layer=norm) for _ in range(config.depth)
-        )
-        self.norm = norm(width)
+        self.blocks = vit_blocks(config.depth, width, config.num_heads, qkv_bias=True)
+        self.norm = nn.LayerNorm(width, eps=VIT_EPS)
         for parameter in self.parameters(recurse=False):
             nn.init.trunc_normal_(parameter, std=0.02)
         self.apply(init_linear)
@@ -126,11 +127,7 @@ class PasstTransformer(nn.Module):
         special_12C = torch.cat([self.cls_token, self.dist_token], dim=1) + self.new_pos_embed
         special_N2C = special_12C.expand(len(patches_NCFT), -1, -1)
         tokens_NPC = torch.cat([special_N2C, patches_NCFT.flatten(2).transpose(1, 2)], dim=1)
-        for block in self.blocks:
-            if self.grad_checkpointing and self.training:
-                tokens_NPC = checkpoint(block, tokens_NPC, use_reentrant=False)
-            else:
-                tokens_NPC = block(tokens_NPC)
+        tokens_NPC = run_blocks(self.blocks, tokens_NPC, again=self.grad_checkpointing)
         embedding_NC: Tensor = self.norm(tokens_NPC[:, :2]).mean(dim=1)
         return embedding_NC
 
@@ -145,11 +142,3 @@ def _patchout(patches_NCFT: Tensor, dim: int, num_dropped: int, uniforms_N4: Ten
     shape = list(patches_NCFT.shape)
     shape[dim] = kept_NK.shape[1]
     return patches_NCFT.gather(dim, index.expand(shape))
-
-
-def init_linear(module: nn.Module) -> None:
-    """A vision transformer's start, for ``Module.apply``."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

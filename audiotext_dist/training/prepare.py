@@ -243,7 +243,9 @@ def build_towers(recipe: Recipe) -> DualEncoder:
         tower = getattr(recipe.model, modality)
         if modality == "audio" and recipe.model.audio.init_from_image and recipe.model.image.init is not None:
             assert model.image is not None
-            model.audio = AudioTower(recipe.model.audio, recipe.data.sample_rate_hz, model.image.visual)
+            assert isinstance(model.audio, AudioTower)
+            copied = AudioTower(recipe.model.audio, recipe.data.sample_rate_hz, model.image.visual)
+            model.audio.transformer.load_state_dict(copied.transformer.state_dict())
         if tower.init is not None:
             checkpoint.load_tower(getattr(model, modality), modality, tower.init)
         elif getattr(tower, "frozen", False) and tower.pretrained is None:

@@ -20,6 +20,7 @@ from audiotext_dist.data.sets import DataConfig
 from audiotext_dist.errors import UserError, require_positive
 from audiotext_dist.losses.config import LossConfig
 from audiotext_dist.models.dual_encoder import ModelConfig, Task
+from audiotext_dist.models.towers import check_heard
 from audiotext_dist.training.checkpoint import RECIPE_FILE, weights_folder
 from audiotext_dist.training.engine_config import EngineConfig
 from audiotext_dist.training.optim import OptimConfig
@@ -105,13 +106,8 @@ class Recipe:
             )
         self._check_loss()
         self._check_frame_match()
-        fbank = self.model.audio.fbank
-        heard_seconds = fbank.num_fbank_frames * fbank.frame_shift_ms / 1000
-        if "audio" in self.task and self.data.clip_seconds > heard_seconds + fbank.frame_length_ms / 1000:
-            raise UserError(
-                f"data.clip_seconds={self.data.clip_seconds:g} is more than the {heard_seconds:g} s that the audio "
-                "tower reads: lower it, or raise model.audio.fbank.num_fbank_frames"
-            )
+        if "audio" in self.task:
+            check_heard(self.model.audio, self.data.clip_seconds)
         if self.optim.warmup_epochs > self.training.num_epochs:
             raise UserError(
                 f"optim.warmup_epochs={self.optim.warmup_epochs:g} is longer than training.num_epochs="
@@ -179,6 +175,11 @@ class Recipe:
                 raise UserError(
                     f"data.{key}={name} is what the {modality} tower said before, and model.{modality}.frozen=false "
                     f"trains it: set data.{key}=null, or freeze the tower"
+                )
+            if self.model.projection_dim is not None:
+                raise UserError(
+                    f"data.{key}={name} is what the {modality} tower said through the projection that it had then, and "
+                    f"this run trains its own: set data.{key}=null, or model.projection_dim=null"
                 )
 
     def check_world(self, world_size: int) -> None:
