@@ -184,7 +184,7 @@ class DualEncoder(nn.Module):
         assert self.image is not None
         with self._precision(frames_NHWC.device):
             embedding_ND = _projected(self.image, self.image(frames_NHWC.flatten(0, -4)))
-        return unit_length(embedding_ND.unflatten(0, frames_NHWC.shape[:-3]))
+        return unit_length(embedding_ND.view(*frames_NHWC.shape[:-3], -1))
 
     @property
     def matches_all_frames(self) -> bool:

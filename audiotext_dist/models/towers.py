@@ -58,12 +58,12 @@ def check_heard(config: AudioTowerConfig, clip_seconds: float) -> None:
     """Raise ``UserError`` where a clip, or a window of it, is longer than its tower hears."""
     heard, window = heard_seconds(config), config.window_seconds
     if window is not None and window > heard:
-        raise UserError(f"model.audio.window_seconds={window:g} is more than the {heard:g} s that it hears: lower it")
+        raise UserError(f"model.audio.window_seconds={window:g} is more than the {heard:.3g} s that it hears: lower it")
     if window is None and clip_seconds > heard:
         mend = "raise model.audio.fbank.num_fbank_frames" if config.kind == "clip" else "set model.audio.window_seconds"
         raise UserError(
-            f"data.clip_seconds={clip_seconds:g} is more than the {heard:g} s that the audio tower reads: lower it, or "
-            f"{mend}"
+            f"data.clip_seconds={clip_seconds:g} is more than the {heard:.3g} s that the audio tower reads: "
+            f"lower it, or {mend}"
         )
     if config.kind == "passt":
         seconds = clip_seconds if window is None else window
