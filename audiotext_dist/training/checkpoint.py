@@ -38,6 +38,7 @@ from audiotext_dist.distributed import World, from_main, gather_items
 from audiotext_dist.errors import UserError
 from audiotext_dist.training.engine import Engine
 from audiotext_dist.training.health import Health
+from audiotext_dist.training.loss_scale import LossScale
 
 CHECKPOINTS = "checkpoints"
 MODEL_FILE = "model.safetensors"
@@ -69,6 +70,7 @@ class Progress:
     optimizer: str
     wandb_id: str | None = None
     health: Health = field(default_factory=Health)
+    loss_scale: LossScale | None = None
 
     def check_fits(self, other: Progress, where: str) -> None:
         """Raise ``UserError`` unless the other run reads the same batches, and updates in the same way."""
@@ -171,6 +173,8 @@ def load(engine: Engine, model: nn.Module, checkpoint: Path, start: Progress) ->
     progress.check_fits(start, str(checkpoint))
     _load_strictly(model, load_file(checkpoint / MODEL_FILE), str(checkpoint))
     engine.load_optimizer_state(load_file(checkpoint / _OPTIMIZER_FILE))
+    if engine.loss_scale is not None and progress.loss_scale is not None:
+        engine.loss_scale = progress.loss_scale
     return progress
 
 
@@ -195,8 +199,12 @@ def read_progress(checkpoint: Path) -> Progress:
     """Where the checkpoint's run stood."""
     try:
         found = json.loads((checkpoint / _PROGRESS).read_text())
-        health = found.pop("health")
-        return Progress(**found, health=Health(**{**health, "recent_losses": tuple(health["recent_losses"])}))
+        health, scale = found.pop("health"), found.pop("loss_scale", None)
+        return Progress(
+            **found,
+            health=Health(**{**health, "recent_losses": tuple(health["recent_losses"])}),
+            loss_scale=None if scale is None else LossScale(**scale),
+        )
     except (TypeError, ValueError, KeyError, AttributeError):
         raise UserError(f"{checkpoint} is of another version of this program: start under a new run_dir") from None
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from audiotext_dist.distributed import World
+from audiotext_dist.training.loss_scale import LossScale
 from audiotext_dist.training.optimizer_state import OptimizerState
 
 # Without this DeepSpeed warns of a machine without accelerators, once a process.
@@ -77,6 +78,7 @@ class Engine:
 
     Args:
         config: from ``engine_config.deepspeed_config``.
+        loss_scale: to start with; None scales no loss.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Engine:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         config: dict[str, Any],
+        loss_scale: LossScale | None = None,
     ) -> None:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model,
@@ -93,6 +96,7 @@ class Engine:
             config=config,
         )
         self.num_micro_batches = int(config["gradient_accumulation_steps"])
+        self.loss_scale = loss_scale
         self._zero_stage = int(config["zero_optimization"]["stage"])
         self._state = OptimizerState(model, self._optimizer, zero_stage=self._zero_stage)
 
@@ -108,6 +112,12 @@ class Engine:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of this rank's loss, or of a micro-batch's part of it."""
+        if self.loss_scale is not None:
+            if self._zero_stage:
+                # ZeRO multiplies and, in its step, divides by itself.
+                self._optimizer.override_loss_scale(self.loss_scale.value)
+            else:
+                loss = loss * self.loss_scale.value
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def step(self) -> float:
@@ -120,13 +130,23 @@ class Engine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
             return 0.0
-        if self._zero_stage:
-            # ZeRO agrees on the norm by itself, and skips.
-            self._engine.step()
-            return float("inf") if self._optimizer.overflow else float(self._optimizer._global_grad_norm)
-        # Stage 0 has no guard of its own. The gradients are those of all ranks already, so all see the same norm.
-        gradients = [parameter.grad for group in self.param_groups for parameter in group["params"]]
-        norm = float(torch.nn.utils.get_total_norm([each for each in gradients if each is not None]))
+        norm = self._step_zero() if self._zero_stage else self._step_plain()
+        if self.loss_scale is not None:
+            self.loss_scale = self.loss_scale.after(overflow=not math.isfinite(norm))
+        return norm
+
+    def _step_zero(self) -> float:
+        """ZeRO agrees on the norm by itself, and skips."""
+        self._engine.step()
+        return float("inf") if self._optimizer.overflow else float(self._optimizer._global_grad_norm)
+
+    def _step_plain(self) -> float:
+        """Stage 0 has no guard of its own. The gradients are those of all ranks already, so all see the same norm."""
+        owners = [parameter for group in self.param_groups for parameter in group["params"]]
+        gradients = [parameter.grad for parameter in owners if parameter.grad is not None]
+        if self.loss_scale is not None:
+            torch._foreach_mul_(gradients, 1 / self.loss_scale.value)
+        norm = float(torch.nn.utils.get_total_norm(gradients))
         if math.isfinite(norm):
             self._engine.step()
         else:

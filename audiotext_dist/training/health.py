@@ -2,7 +2,9 @@
 
 1. A loss that is not finite, on any rank, is known to all before any rank's backward: the loss they compare is the
    mean over ranks, which is finite only where every rank's is. So every rank comes to the same judgement alone.
-2. A gradient that is not finite is known to all from its norm over all ranks, before the optimizer moves.
+2. A gradient that is not finite is known to all from its norm over all ranks, before the optimizer moves. Under
+   fp16 it is an overflow, which lowers the loss scale; it is skipped and counted, but is no sickness that ends a run
+   until the scale cannot fall further (loss_scale.py).
 3. Either way the step is skipped on all ranks: weights, optimizer and schedule stay as they were. The batch counts as
    read, and the next step takes the next one; only the schedule waits, since it counts updates.
 4. A spike is a loss far above the recent ones. It is counted and logged, and skipped only where the recipe says so.
@@ -24,7 +26,7 @@ from audiotext_dist import storage
 from audiotext_dist.distributed import World, gather_items
 from audiotext_dist.errors import UserError
 
-Sickness = Literal["loss", "gradient", "spike"]
+Sickness = Literal["loss", "gradient", "spike", "overflow"]
 SICK_BATCH_FILE = "sick_batch.json"
 MEND_OF_DIVERGENCE = (
     "lower optim.weight_lr, lengthen optim.warmup_epochs, or set optim.gradient_clipping=1.0; "
@@ -42,6 +44,7 @@ class Health:
     num_sick_losses: int = 0
     num_sick_gradients: int = 0
     num_spikes: int = 0
+    num_overflows: int = 0
     num_skipped: int = 0
     recent_losses: tuple[float, ...] = ()
 
@@ -90,15 +93,18 @@ class HealthWatch:
             num_sick_losses=health.num_sick_losses + (sickness == "loss"),
             num_sick_gradients=health.num_sick_gradients + (sickness == "gradient"),
             num_spikes=health.num_spikes + (sickness == "spike"),
+            num_overflows=health.num_overflows + (sickness == "overflow"),
             num_skipped=health.num_skipped + skipped,
             recent_losses=recent,
         )
-        self._num_in_a_row = self._num_in_a_row + 1 if skipped else 0
+        if sickness != "overflow":
+            self._num_in_a_row = self._num_in_a_row + 1 if skipped else 0
         if sickness is not None and world.is_main:
             what = {
                 "loss": "a loss that is not finite",
                 "gradient": "a gradient that is not finite",
                 "spike": "a spike",
+                "overflow": "gradients too large for this loss scale, which is halved",
             }
             _log.warning("step %d: %s (%.4g)%s", step, what[sickness], loss, ", skipped" if skipped else "")
         if self._num_in_a_row > self._max_sick_in_a_row:

@@ -25,6 +25,7 @@ from audiotext_dist.training.checkpoint import Progress
 from audiotext_dist.training.engine import Engine, start_process_group
 from audiotext_dist.training.health import HealthWatch
 from audiotext_dist.training.heartbeat import Heartbeat
+from audiotext_dist.training.loss_scale import LossScale
 from audiotext_dist.training.meter import Meter
 from audiotext_dist.training.optim import build_optimizer, named_learning_rates, schedule, set_learning_rates
 from audiotext_dist.training.preemption import EXIT_PREEMPTED, StopRequest
@@ -65,6 +66,7 @@ def _train(prepared: Prepared, stop: StopRequest) -> list[RetrievalResult]:
         model,
         build_optimizer(model, recipe.optim, global_batch_size=recipe.training.global_batch_size),
         prepared.deepspeed_config(),
+        LossScale() if recipe.training.precision == "fp16" else None,
     )
     progress = prepared.start()
     if recipe.training.resume == "auto":
@@ -135,7 +137,7 @@ class _Run:
                 seed_step(recipe.training.seed, self._step, self._world.rank)
                 epoch = self._step // self._steps_an_epoch
                 result = train_step(
-                    self._engine, model, batch, self._health, recipe.loss, epoch, recipe.training.autocast_dtype
+                    self._engine, model, batch, self._health, recipe.loss, epoch, recipe.training.matmul_dtype
                 )
                 self._step += 1
                 self._health.note(self._step, result.loss, result.sickness, batch.keys, self._world)
@@ -230,6 +232,7 @@ class _Run:
             batch=batch,
             wandb_id=self._tracker.wandb_id,
             health=self._health.health,
+            loss_scale=self._engine.loss_scale,
         )
         if not self._saver.save(progress):
             return False

@@ -35,6 +35,8 @@ class TrainingConfig:
     max_steps: stop after so many steps although epochs are left; the schedule still counts num_epochs.
     micro_batch_size: clips that the towers of a rank hold at once, null for all of its share. The negatives are
     those of the whole batch all the same, for one more forward.
+    precision: what the towers compute in; weights, optimizer, gradients' sums and the loss's own sums are float32 in
+    any case. fp16 scales the loss by a factor that finds its own size.
     resume: ``auto`` goes on from the newest complete checkpoint in run_dir, or starts where there is none.
     max_sick_steps_in_a_row: a step whose loss or gradient is not finite is skipped; more of them in a row end the run.
     spike_ratio: a loss above so many times the median of the last 32 is a spike: counted, logged, and left out with
@@ -45,7 +47,7 @@ class TrainingConfig:
     max_steps: int | None = None
     global_batch_size: int = 64
     micro_batch_size: int | None = None
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     seed: int = 0
     resume: Literal["auto", "never"] = "never"
     max_sick_steps_in_a_row: int = 10
@@ -64,6 +66,11 @@ class TrainingConfig:
     @property
     def autocast_dtype(self) -> torch.dtype | None:
         """What the towers compute in, where it is not float32."""
+        return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+
+    @property
+    def matmul_dtype(self) -> torch.dtype | None:
+        """What the loss's matmuls read. Not float16, where a large batch's small probabilities would be zero."""
         return torch.bfloat16 if self.precision == "bf16" else None
 
 

@@ -37,13 +37,15 @@ LossOf = Callable[[Tensor, Tensor, Tensor, Tensor | None], LossOutput]
 class StepResult:
     """The whole batch's loss, its figures (see ``LossOutput``), and 1 / temperature.
 
-    gradient_norm: over all parameters, before clipping; None where there was no backward. sickness: see health.py.
+    gradient_norm: over all parameters, before clipping; None where there was no backward. loss_scale: of its backward,
+    None without one. sickness: see health.py.
     """
 
     loss: float
     figures: dict[str, float]
     logit_scale: float
     gradient_norm: float | None
+    loss_scale: float | None
     sickness: Sickness | None
 
 
@@ -90,7 +92,7 @@ def update(engine: Engine, model: DualEncoder, inputs: ModelInputs, loss_of: Los
             engine.backward(output.loss)
             return engine.step()
 
-        return _finish(output, model, health, move)
+        return _finish(engine, output, model, health, move)
     micro_batches, random_states, embeddings = _split(inputs, num_micro_batches), [], []
     with torch.no_grad():
         for micro_batch in micro_batches:
@@ -113,20 +115,27 @@ def update(engine: Engine, model: DualEncoder, inputs: ModelInputs, loss_of: Los
             gradient_norm = engine.step()
         return gradient_norm
 
-    return _finish(output, model, health, move_by_parts)
+    return _finish(engine, output, model, health, move_by_parts)
 
 
-def _finish(output: LossOutput, model: DualEncoder, health: HealthWatch, move: Callable[[], float]) -> StepResult:
+def _finish(
+    engine: Engine, output: LossOutput, model: DualEncoder, health: HealthWatch, move: Callable[[], float]
+) -> StepResult:
     """Agree on the loss, then move the weights unless the step is sick; ``move`` returns the gradient's norm."""
     means = mean_over_ranks(torch.stack([output.loss.detach(), *output.figures.values()])).tolist()
     loss, figures, logit_scale = means[0], dict(zip(output.figures, means[1:], strict=True)), model.scale().item()
-    sickness, gradient_norm = health.judge_loss(loss), None
+    sickness, gradient_norm, loss_scale = health.judge_loss(loss), None, engine.loss_scale
     if not health.is_skipped(sickness):
         gradient_norm = move()
         if not math.isfinite(gradient_norm):
-            sickness = "gradient"
+            sickness = "overflow" if loss_scale is not None and loss_scale.can_fall else "gradient"
     return StepResult(
-        loss=loss, figures=figures, logit_scale=logit_scale, gradient_norm=gradient_norm, sickness=sickness
+        loss=loss,
+        figures=figures,
+        logit_scale=logit_scale,
+        gradient_norm=gradient_norm,
+        loss_scale=None if loss_scale is None else loss_scale.value,
+        sickness=sickness,
     )
 
 

@@ -15,6 +15,7 @@ def step_metrics(result: StepResult) -> dict[str, float]:
         **{f"train/{name}": value for name, value in result.figures.items()},
         "train/logit_scale": result.logit_scale,
         "optim/gradient_norm": result.gradient_norm,
+        "optim/loss_scale": result.loss_scale,
     }
     return {name: value for name, value in measured.items() if value is not None and math.isfinite(value)}
 

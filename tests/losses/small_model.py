@@ -41,6 +41,7 @@ class AveragingEngine:
     def __init__(self, model: nn.Module, num_micro_batches: int = 1, group=None) -> None:
         self.model, self.group = model, group
         self.num_micro_batches = self.left = num_micro_batches
+        self.loss_scale = None
 
     def __call__(self, inputs):
         return self.model(inputs)
