@@ -1,10 +1,9 @@
-"""fp16: small gradients survive, and an overflow costs a step and half the loss scale, not the run."""
+"""fp16: small gradients survive, and an overflow costs half the loss scale, not the run; see also test_sick_steps."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -15,8 +14,7 @@ from audiotext_dist.errors import UserError
 from audiotext_dist.losses.config import LossConfig
 from audiotext_dist.losses.contrastive import contrastive_loss
 from audiotext_dist.models.dual_encoder import ModelInputs
-from audiotext_dist.training import loss_scale
-from audiotext_dist.training.engine import Engine
+from audiotext_dist.training.engine import Engine, start_process_group
 from audiotext_dist.training.engine_config import EngineConfig, deepspeed_config
 from audiotext_dist.training.health import Health, HealthWatch
 from audiotext_dist.training.loss_scale import GROWTH_STEPS, INIT_LOSS_SCALE, LossScale
@@ -24,10 +22,6 @@ from audiotext_dist.training.step import update
 from tests.losses.cases import rows
 from tests.losses.small_model import AveragingEngine, SmallModel, watch
 from tests.ranks import run_on_ranks
-from tests.training.runs import Fault, Ran, train_many, write_training_set
-
-NUM_STEPS = 5
-OVERFLOW = Fault(step=2, rank=1, kind="gradient", value=float("inf"))
 
 
 def test_the_scale_is_halved_by_an_overflow_and_doubled_by_many_updates() -> None:
@@ -89,59 +83,13 @@ def weight_after_small_gradients(zero_stage: int, scale: LossScale | None) -> li
     return model.weight.tolist()  # type: ignore[no-any-return]
 
 
-def runs_on_rank(
-    rank: int, runs: Sequence[tuple[Sequence[str], Sequence[Fault]]]
-) -> tuple[list[Ran], list[list[list[float]]]]:
-    with mock.patch.object(loss_scale, "GROWTH_STEPS", 2):
-        ran = train_many(rank, runs)
-    weights = [
-        weight_after_small_gradients(*how) for how in ((0, None), *((stage, LossScale()) for stage in (0, 1, 2)))
-    ]
-    return ran, weights
+def weights_on_rank(rank: int) -> list[list[list[float]]]:
+    os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    start_process_group(World.from_environment())
+    return [weight_after_small_gradients(*how) for how in ((0, None), *((stage, LossScale()) for stage in (0, 1, 2)))]
 
 
-@pytest.fixture(scope="module")
-def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[list[Ran], list[list[list[float]]]]]:
-    folder = tmp_path_factory.mktemp("fp16")
-    common = [
-        f"data.train.own.shards={write_training_set(folder / 'train')}",
-        "training.precision=fp16",
-        "training.max_sick_steps_in_a_row=0",
-    ]
-    parts = [(f"zero{stage}", NUM_STEPS, stage, [OVERFLOW]) for stage in (0, 1, 2)]
-    parts += [("stopped", 3, 1, [OVERFLOW]), ("stopped", NUM_STEPS, 1, [])]
-    runs = [
-        (
-            [*common, f"run_dir={folder / name}", f"training.max_steps={last}", f"engine.zero_stage={stage}"],
-            faults,
-        )
-        for name, last, stage, faults in parts
-    ]
-    return run_on_ranks(runs_on_rank, 2, runs)
-
-
-def test_an_overflow_leaves_weights_and_optimizer_and_lowers_the_scale_on_all_ranks(on_ranks) -> None:
-    for ran, _ in on_ranks:
-        for each in ran[:3]:
-            assert each.error is None
-            changed = [before != after for before, after in zip(each.states, each.states[1:], strict=False)]
-            assert changed == [False, True, True, True]
-    for each in on_ranks[0][0][:3]:
-        assert [line["optim/loss_scale"] for line in each.metrics] == [65536, 65536, 32768, 32768, 65536]
-        last = each.metrics[-1]
-        assert (last["health/num_overflows"], last["health/num_sick_gradients"]) == (1, 0)
-        assert list(each.losses.values()) == pytest.approx(list(on_ranks[0][0][0].losses.values()), rel=1e-3)
-
-
-def test_a_run_that_goes_on_has_its_loss_scale_again(on_ranks) -> None:
-    for ran, _ in on_ranks:
-        whole, stopped = ran[1], ran[4]
-        assert stopped.states == whole.states[3:]
-    assert [line["optim/loss_scale"] for line in stopped.metrics] == [65536, 65536, 32768, 32768, 65536]
-    assert stopped.losses == whole.losses
-
-
-def test_gradients_below_the_smallest_fp16_number_arrive(on_ranks) -> None:
-    for _, (expected, *found) in on_ranks:
+def test_gradients_below_the_smallest_fp16_number_arrive() -> None:
+    for expected, *found in run_on_ranks(weights_on_rank, 2):
         for each in found:
             assert each == expected

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError
+from audiotext_dist.training import loss_scale
 from audiotext_dist.training.health import SPIKE_WINDOW, Health, HealthWatch
 from tests.ranks import run_on_ranks
 from tests.training.runs import Fault, Ran, train_many, write_training_set
@@ -24,7 +27,13 @@ FAULTS = [
     Fault(step=6, rank=1, kind="gradient", value=INF),
     Fault(step=7, rank=1, kind="loss", value=INF),
 ]
+OVERFLOW = [Fault(step=2, rank=1, kind="gradient", value=INF)]
 TOO_MANY = [Fault(step=step, rank=1, kind="loss") for step in (2, 4, 5, 6)]
+
+
+def train_with_quick_scales(rank: int, runs: Sequence[tuple[Sequence[str], Sequence[Fault]]]) -> list[Ran]:
+    with mock.patch.object(loss_scale, "GROWTH_STEPS", 2):
+        return train_many(rank, runs)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +47,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Ran]]:
         "zero2": ([*common, f"run_dir={folder / 'zero2'}", "engine.zero_stage=2"], FAULTS),
         "ended": ([*common, f"run_dir={folder / 'ended'}", "training.max_sick_steps_in_a_row=2"], TOO_MANY),
     }
-    return dict(zip(words, zip(*run_on_ranks(train_many, 2, list(words.values())), strict=True), strict=True))
+    fp16 = [*common, "training.precision=fp16", "training.max_sick_steps_in_a_row=0"]
+    for zero_stage in (0, 1, 2):
+        own = [f"run_dir={folder / f'fp16-{zero_stage}'}", f"engine.zero_stage={zero_stage}", "training.max_steps=5"]
+        words[f"fp16 zero{zero_stage}"] = ([*fp16, *own], OVERFLOW)
+    own = [f"run_dir={folder / 'fp16-stopped'}", "engine.zero_stage=1"]
+    words["fp16 stopped"] = ([*fp16, *own, "training.max_steps=3"], OVERFLOW)
+    words["fp16 resumed"] = ([*fp16, *own, "training.max_steps=5"], [])
+    ran = run_on_ranks(train_with_quick_scales, 2, list(words.values()))
+    return dict(zip(words, zip(*ran, strict=True), strict=True))
 
 
 @pytest.mark.parametrize("name", ["zero0", "zero1", "zero2"])
@@ -68,6 +85,26 @@ def test_too_many_in_a_row_end_the_run_and_name_the_clips(runs: dict[str, list[R
     assert (found["step"], found["sickness"]) == (6, "loss")
     assert [len(keys) for keys in found["keys_of_ranks"]] == [6, 6]
     assert len({key for keys in found["keys_of_ranks"] for key in keys}) == 12
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_an_fp16_overflow_halves_the_loss_scale_and_is_no_sick_step(
+    runs: dict[str, list[Ran]], zero_stage: int
+) -> None:
+    for each in runs[f"fp16 zero{zero_stage}"]:
+        assert each.error is None
+        changed = [before != after for before, after in zip(each.states, each.states[1:], strict=False)]
+        assert changed == [False, True, True, True]
+    metrics = runs[f"fp16 zero{zero_stage}"][0].metrics
+    assert [line["optim/loss_scale"] for line in metrics] == [65536, 65536, 32768, 32768, 65536]
+    assert (metrics[-1]["health/num_overflows"], metrics[-1]["health/num_sick_gradients"]) == (1, 0)
+
+
+def test_an_fp16_run_that_goes_on_has_its_loss_scale_again(runs: dict[str, list[Ran]]) -> None:
+    for whole, resumed in zip(runs["fp16 zero1"], runs["fp16 resumed"], strict=True):
+        assert resumed.states == whole.states[3:]
+        assert resumed.losses == whole.losses
+        assert [line["optim/loss_scale"] for line in resumed.metrics] == [65536, 65536, 32768, 32768, 65536]
 
 
 def watch(tmp_path: Path, **words: object) -> HealthWatch:
