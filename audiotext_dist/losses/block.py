@@ -14,11 +14,13 @@ import torch
 class BlockLoss(NamedTuple):
     """What one rank makes of its block, such that the mean over ranks is that of the whole batch.
 
-    terms: by name, each before its weight. grad_bias: with respect to a bias of all scores.
+    terms: by name, each before its weight. recalls, mean_scores: see ``figures.ScoreFigures``. grad_bias: with respect
+    to a bias of all scores.
     """
 
     terms: dict[str, torch.Tensor]
-    recall_at_1: torch.Tensor
+    recalls: dict[str, torch.Tensor]
+    mean_scores: dict[str, torch.Tensor]
     grad_bias: torch.Tensor | None = None
 
 
@@ -57,6 +59,16 @@ class Block:
     def scores(self, tile: slice, out_cN: torch.Tensor) -> torch.Tensor:
         """The tile's scores, in the buffer that is given."""
         return self._product(self._x_nD[tile], self._t_ND.T, out_cN)
+
+    def sum_of_scores(self) -> torch.Tensor:
+        """All of the block's scores added up, without making any."""
+        return torch.dot(self._x_nD.sum(dim=0, dtype=self.dtype), self._t_ND.sum(dim=0, dtype=self.dtype))
+
+    def sum_of_groups(self, group_N: torch.Tensor, num_groups: int, own: slice) -> torch.Tensor:
+        """The scores between rows of one group added up, the same way. own: which of the N are this rank's."""
+        t_GD = self._t_ND.new_zeros(num_groups, self._t_ND.shape[1], dtype=self.dtype)
+        t_GD.index_add_(0, group_N, self._t_ND.to(self.dtype))
+        return (self._x_nD.to(self.dtype) * t_GD[group_N[own]]).sum()
 
     def start_gradients(self) -> None:
         """Room for the gradients with respect to x_nD and t_ND."""

@@ -32,8 +32,10 @@ class LossOutput(NamedTuple):
     """The mean over ranks of each of these is that of the whole batch.
 
     loss: carries the gradient. figures: what to log, each a scalar: ``NAME_loss`` of each term before its weight,
-    ``recall_at_1``, the share of rows whose own pair scores highest; ``positives_a_row`` where recordings are given,
-    itself included; ``teacher_entropy`` and ``teacher_kl`` (nats) where there are teachers.
+    ``recall_at_1``, the share of rows whose own pair scores highest, and ``reverse_recall_at_1``, of columns;
+    ``positive_cosine`` and ``negative_cosine``, means over the own pairs and over those of different recordings;
+    ``positives_a_row``, rows of one recording, itself included; ``teacher_entropy`` and ``teacher_kl`` (nats) where
+    there are teachers.
     """
 
     loss: torch.Tensor
@@ -102,7 +104,7 @@ def contrastive_loss(
     loss = _WithGradients.apply(  # type: ignore[no-untyped-call]
         value, [block.grad_x_nD, grad_t_nD, made.grad_bias], x_nD, t_nD, bias
     )
-    return LossOutput(loss, _figures(made, targets, has_recordings=recording_n is not None))
+    return LossOutput(loss, _figures(made, targets, scale.detach().squeeze()))
 
 
 def _teacher_block(
@@ -119,11 +121,10 @@ def _weighted_sum(terms: dict[str, torch.Tensor], targets: Targets, config: Loss
     return torch.stack([weight * terms[name] for name, weight in weights.items() if weight]).sum()
 
 
-def _figures(made: BlockLoss, targets: Targets, *, has_recordings: bool) -> dict[str, torch.Tensor]:
-    terms = dict(made.terms)
-    figures = {"recall_at_1": made.recall_at_1}
-    if has_recordings:
-        figures["positives_a_row"] = targets.count_N.sum() / max(len(targets.count_N), 1)
+def _figures(made: BlockLoss, targets: Targets, scale: torch.Tensor) -> dict[str, torch.Tensor]:
+    terms, figures = dict(made.terms), dict(made.recalls)
+    figures |= {f"{name}_cosine": score / scale for name, score in made.mean_scores.items()}
+    figures["positives_a_row"] = targets.count_N.sum() / max(len(targets.count_N), 1)
     if TEACHER in terms:
         figures[TEACHER_ENTROPY] = terms.pop(TEACHER_ENTROPY)
         figures["teacher_kl"] = terms[TEACHER] - figures[TEACHER_ENTROPY]

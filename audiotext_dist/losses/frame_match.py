@@ -68,6 +68,10 @@ class FramesBlock(Block):
             torch.maximum(out_cN, self._frame_cN, out=out_cN)
         return out_cN
 
+    def sum_but(self, left_out_cN: torch.Tensor, s_cN: torch.Tensor) -> torch.Tensor:
+        """The sum of a tile's scores but for some, in the memory of one frame's."""
+        return torch.mul(s_cN, ~left_out_cN, out=self._frame_cN).sum()
+
     def start_gradients(self) -> None:
         """Room for the gradients with respect to x_nD and t_NLD."""
         super().start_gradients()

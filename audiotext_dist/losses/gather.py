@@ -88,11 +88,17 @@ def logsumexp_over_ranks(own_N: torch.Tensor, layout: RowLayout) -> torch.Tensor
     """Elementwise log of the sum over ranks of exp: every rank gives [N] and gets [N]; -inf is a share of nothing."""
     if layout.world_size == 1:
         return own_N
-    greatest = own_N.clone()
-    dist.all_reduce(greatest, op=dist.ReduceOp.MAX, group=layout.group)
+    greatest = max_over_ranks(own_N.clone(), layout)
     total = torch.exp(own_N - greatest)
     dist.all_reduce(total, group=layout.group)
     return greatest + total.log()
+
+
+def max_over_ranks(own_N: torch.Tensor, layout: RowLayout) -> torch.Tensor:
+    """Elementwise greatest over the ranks of the group, in place."""
+    if layout.world_size > 1:
+        dist.all_reduce(own_N, op=dist.ReduceOp.MAX, group=layout.group)
+    return own_N
 
 
 class _GatherRows(torch.autograd.Function):

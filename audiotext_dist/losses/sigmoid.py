@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from audiotext_dist.losses.block import Block, BlockLoss
 from audiotext_dist.losses.config import LossConfig
+from audiotext_dist.losses.figures import ScoreFigures
 from audiotext_dist.losses.targets import Targets
 
 # Above it softplus is the identity: not before float64 says so.
@@ -23,11 +24,11 @@ def sigmoid_loss(block: Block, targets: Targets, bias: torch.Tensor, config: Los
     share = targets.layout.row_share
     extra_bytes = targets.mask_bytes + block.dtype.itemsize  # of the masks and of softplus
     values = {term.name: bias.new_zeros(()) for term in targets.terms}
-    num_found, grad_bias = bias.new_zeros(()), torch.zeros_like(bias)
+    figures, grad_bias = ScoreFigures(block, targets), torch.zeros_like(bias)
     block.start_gradients()
     for tile, (s_cN, g_cN, free_cN) in block.tiles(config.tile_bytes, 3, extra_bytes):
-        block.scores(tile, s_cN).add_(bias)
-        num_found += (targets.own_pairs(s_cN, tile) >= s_cN.amax(dim=1)).sum()
+        figures.add(tile, block.scores(tile, s_cN))
+        s_cN.add_(bias)
         g_cN.zero_()
         for term in targets.terms:
             values[term.name] -= targets.subtract(term, tile, s_cN, g_cN, free_cN)
@@ -41,4 +42,4 @@ def sigmoid_loss(block: Block, targets: Targets, bias: torch.Tensor, config: Los
             g_cN.add_(answer_cN, alpha=term.weight * share)
         grad_bias += g_cN.sum()
         block.add_gradient(tile, g_cN)
-    return BlockLoss(terms=values, recall_at_1=num_found * share, grad_bias=grad_bias)
+    return BlockLoss(terms=values, recalls=figures.recalls(), mean_scores=figures.mean_scores(), grad_bias=grad_bias)

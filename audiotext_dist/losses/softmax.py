@@ -16,6 +16,7 @@ import torch
 
 from audiotext_dist.losses.block import Block, BlockLoss
 from audiotext_dist.losses.config import LossConfig
+from audiotext_dist.losses.figures import ScoreFigures
 from audiotext_dist.losses.gather import RowLayout, logsumexp_over_ranks
 from audiotext_dist.losses.targets import TEACHER, TEACHER_ENTROPY, Targets
 
@@ -26,8 +27,9 @@ def softmax_loss(block: Block, targets: Targets, teachers: Block | None, config:
     teachers: the block of their scores, mean cosine / temperature, on the same rows.
     """
     walk = _Walk(block, targets, teachers, config)
-    recall_at_1 = walk.sum_up()
-    return BlockLoss(terms=walk.make_gradients(), recall_at_1=recall_at_1)
+    figures = walk.sum_up()
+    recalls, mean_scores = figures.recalls(), figures.mean_scores()
+    return BlockLoss(terms=walk.make_gradients(), recalls=recalls, mean_scores=mean_scores)
 
 
 class _Softmax:
@@ -41,10 +43,12 @@ class _Softmax:
         self._row_n = torch.empty_like(mass_N[layout.own])
         self._column_N = torch.full_like(mass_N, -torch.inf)
 
-    def add(self, tile: slice, s_cN: torch.Tensor, free_cN: torch.Tensor) -> None:
-        """Take a tile in, overwriting free_cN."""
+    def add(
+        self, tile: slice, s_cN: torch.Tensor, free_cN: torch.Tensor, maxima: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> None:
+        """Take a tile in, overwriting free_cN. maxima: of its rows and columns, where they are known."""
         lowest = torch.finfo(s_cN.dtype).min  # of a column that is left out of every row, whose sum is 0
-        max_c, max_N = s_cN.amax(dim=1), s_cN.amax(dim=0).clamp_(min=lowest)
+        max_c, max_N = maxima or (s_cN.amax(dim=1), s_cN.amax(dim=0).clamp_(min=lowest))
         self._row_n[tile] = torch.sub(s_cN, max_c[:, None], out=free_cN).exp_().sum(dim=1).log_() + max_c
         column_N = torch.sub(s_cN, max_N, out=free_cN).exp_().sum(dim=0).log_() + max_N
         self._column_N = torch.logaddexp(self._column_N, column_N)
@@ -83,21 +87,20 @@ class _Walk:
                 self._softmaxes[leaves_out] = _Softmax(layout, torch.stack(masses).sum(dim=0), weights)
         self._teacher_softmax = _Softmax(layout, self._one_N, weights)
 
-    def sum_up(self) -> torch.Tensor:
-        """The first walk; the share of rows whose own pair scores highest."""
-        num_found = self._one_N.new_zeros(())
+    def sum_up(self) -> ScoreFigures:
+        """The first walk."""
+        figures = ScoreFigures(self._block, self._targets)
         for tile, (s_cN, free_cN) in self._tiles(2):
-            self._block.scores(tile, s_cN)
-            num_found += (self._targets.own_pairs(s_cN, tile) >= s_cN.amax(dim=1)).sum()
-            for softmax in self._softmaxes_of(tile, s_cN):
-                softmax.add(tile, s_cN, free_cN)
+            maxima = figures.add(tile, self._block.scores(tile, s_cN))
+            for leaves_out, softmax in self._softmaxes_of(tile, s_cN):
+                softmax.add(tile, s_cN, free_cN, None if leaves_out else maxima)
             if self._teachers is not None:
-                self._teacher_softmax.add(tile, self._teachers.scores(tile, s_cN), free_cN)
+                self._teacher_softmax.add(tile, self._teachers.scores(tile, s_cN), free_cN, None)
         for softmax in self._softmaxes.values():
             softmax.join()
         if self._teachers is not None:
             self._teacher_softmax.join()
-        return num_found * self._targets.layout.row_share
+        return figures
 
     def make_gradients(self) -> dict[str, torch.Tensor]:
         """The second walk; what each term comes to."""
@@ -118,7 +121,7 @@ class _Walk:
                     values[TEACHER] -= _dot(target_cN, s_cN)
                     values[TEACHER_ENTROPY] -= _dot(target_cN, z_cN[0])
                     g_cN.sub_(target_cN, alpha=self._config.teacher_weight)
-            for softmax in self._softmaxes_of(tile, s_cN):
+            for _, softmax in self._softmaxes_of(tile, s_cN):
                 for weighted_cN in softmax.weighted(tile, s_cN, free_cN):
                     g_cN += weighted_cN
             self._block.add_gradient(tile, g_cN)
@@ -127,12 +130,12 @@ class _Walk:
     def _tiles(self, num_buffers: int) -> Iterator[tuple[slice, list[torch.Tensor]]]:
         return self._block.tiles(self._config.tile_bytes, num_buffers, self._targets.mask_bytes)
 
-    def _softmaxes_of(self, tile: slice, s_cN: torch.Tensor) -> Iterator[_Softmax]:
-        """Each softmax in turn, the scores being those that it runs over."""
+    def _softmaxes_of(self, tile: slice, s_cN: torch.Tensor) -> Iterator[tuple[bool, _Softmax]]:
+        """Each softmax in turn, the scores being those that it runs over; whether some of them are left out."""
         for leaves_out, softmax in self._softmaxes.items():
             if leaves_out:
                 s_cN.masked_fill_(self._targets.others(tile), -torch.inf)
-            yield softmax
+            yield leaves_out, softmax
 
 
 def _dot(left_cN: torch.Tensor, right_cN: torch.Tensor) -> torch.Tensor:

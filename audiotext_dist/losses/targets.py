@@ -60,12 +60,14 @@ class Positives:
 class Targets:
     """The terms of a loss with 0/1 targets, on this rank's block.
 
-    count_N: rows that share row i's recording, itself included; 1 where recordings are not told apart.
+    recording_N: number of each row's recording among the num_recordings of the batch; every row has its own where
+    recordings are not told apart. count_N: rows that share row i's recording, itself included.
     """
 
     terms: list[Positives]
     layout: RowLayout
-    recording_N: torch.Tensor | None
+    recording_N: torch.Tensor
+    num_recordings: int
     count_N: torch.Tensor
 
     @property
@@ -75,7 +77,6 @@ class Targets:
 
     def same_recording(self, tile: slice) -> torch.Tensor:
         """True where row and column share their recording, bool [c, N]."""
-        assert self.recording_N is not None
         return self.recording_N[self.layout.own][tile, None] == self.recording_N
 
     def others(self, tile: slice) -> torch.Tensor:
@@ -107,11 +108,12 @@ def make_targets(
 ) -> Targets:
     """Gather the recordings and count them. like: whose dtype and device the shares take."""
     one_N = like.new_full((layout.num_all,), layout.row_share)
-    terms, recording_N, count_N = [], None, torch.ones_like(one_N)
+    terms, recording_N = [], torch.arange(layout.num_all, device=like.device)
+    num_recordings, count_N = layout.num_all, torch.ones_like(one_N)
     if recording_n is not None:
-        recording_N = gather_rows(recording_n, layout)
-        _, inverse_N, counts = torch.unique(recording_N, return_inverse=True, return_counts=True)
-        count_N = counts[inverse_N].to(like.dtype)
+        gathered_N = gather_rows(recording_n, layout)
+        _, recording_N, counts = torch.unique(gathered_N, return_inverse=True, return_counts=True)
+        num_recordings, count_N = len(counts), counts[recording_N].to(like.dtype)
     if config.pair_weight:
         terms.append(Positives(name="pair", weight=config.pair_weight, share_N=one_N, mass_N=one_N))
     if config.recording_weight:
@@ -135,4 +137,4 @@ def make_targets(
                 leaves_out=config.leaves_out,
             )
         )
-    return Targets(terms=terms, layout=layout, recording_N=recording_N, count_N=count_N)
+    return Targets(terms=terms, layout=layout, recording_N=recording_N, num_recordings=num_recordings, count_N=count_N)

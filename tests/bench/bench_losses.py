@@ -22,7 +22,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from audiotext_dist.distributed import World
-from audiotext_dist.losses import softmax
+from audiotext_dist.losses import figures, softmax
 from audiotext_dist.losses.block import Block
 from audiotext_dist.losses.config import LossConfig
 from audiotext_dist.losses.contrastive import contrastive_loss
@@ -144,7 +144,7 @@ def compare(world_size: int, sizes: list[int], methods: list[str]) -> None:
 
 def rows_of_share(rank: int, num_own: int, num_all: int, measured_rows: int, tile_bytes: int) -> tuple[float, int]:
     """Some rows of one rank's share; the other side is synthetic, and the collectives are left out."""
-    softmax.logsumexp_over_ranks = lambda own_N, layout: own_N
+    softmax.logsumexp_over_ranks = figures.max_over_ranks = lambda own_N, layout: own_N
     x, every = 14.3 * unit_rows(measured_rows, 0), unit_rows(num_all, 1)
     layout = RowLayout(counts=(measured_rows, num_all - measured_rows))
 

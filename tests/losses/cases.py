@@ -15,7 +15,7 @@ from audiotext_dist.losses.gather import gather_rows, reduce_scatter_rows, row_l
 from audiotext_dist.losses.targets import join_teachers, recording_ids
 from audiotext_dist.models.dual_encoder import ModelInputs
 from audiotext_dist.training import step
-from tests.losses.naive import naive_loss
+from tests.losses.naive import naive_figures, naive_loss
 from tests.losses.small_model import DIM, AveragingEngine, SmallModel, gradients, watch
 
 NUM_ROWS = 24
@@ -62,18 +62,23 @@ def raw_teachers() -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def whole_batch(config: LossConfig) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Loss and gradients of the naive loss."""
+    """Loss, gradients and figures of the naive loss."""
     model = SmallModel(bias=config.name == "sigmoid")
     a, b = model(ModelInputs(waveform_NS=rows(1), tokens_NC=second_side(config)))
-    loss = naive_loss(config, a, b, model.scale(), model.logit_bias, RECORDINGS, raw_teachers())
+    batch = (config, a, b, model.scale(), model.logit_bias, RECORDINGS, raw_teachers())
+    loss = naive_loss(*batch)
     loss.backward()
-    return loss.detach(), gradients(model)
+    return loss.detach(), [*gradients(model), _in_order(naive_figures(*batch))]
+
+
+def _in_order(figures: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.stack([figures[name].detach() for name in sorted(figures)])
 
 
 def ranks_of_group(config: LossConfig, own: slice, group, num_micro_batches: int) -> tuple[float, list[torch.Tensor]]:
-    """Loss and averaged gradients of this rank's rows in its group."""
+    """Loss, averaged gradients and figures of this rank's rows in its group."""
     model = SmallModel(bias=config.name == "sigmoid")
-    losses = []
+    losses, figures = [], []
 
     def loss_of(a, b, scale, bias):
         output = contrastive_loss(
@@ -89,13 +94,16 @@ def ranks_of_group(config: LossConfig, own: slice, group, num_micro_batches: int
             group=group,
         )
         losses.append(output.loss.detach())
+        figures.append(_in_order(output.figures))
         return output
 
     engine = AveragingEngine(model, num_micro_batches, group)
     inputs = ModelInputs(waveform_NS=rows(1)[own], tokens_NC=second_side(config)[own])
     step.update(engine, model, inputs, loss_of, watch())
-    dist.all_reduce(losses[0], group=group)
-    return losses[0] / dist.get_world_size(group), gradients(model)
+    for value in (losses[0], figures[0]):
+        dist.all_reduce(value, group=group)
+        value /= dist.get_world_size(group)
+    return losses[0], [*gradients(model), figures[0]]
 
 
 def every_case(rank: int) -> list[tuple[str, float]]:

@@ -1,5 +1,7 @@
 """What the losses must equal: the whole batch in one process, its full square of scores, plain autograd."""
 
+import dataclasses
+
 import torch
 from torch.nn import functional
 
@@ -11,13 +13,8 @@ def naive_loss(config: LossConfig, a, t, scale, bias=None, recording=None, teach
 
     t may be [N, L, D]: the best frame of each pair, or of each clip for its own sound.
     """
-    if config.frame_match == "nearest":
-        t = torch.stack(
-            [frames[torch.stack([own @ frame for frame in frames]).argmax()] for own, frames in zip(a, t, strict=True)]
-        )
-    logits = scale * (a @ t.T if t.ndim == 2 else torch.einsum("nd,mld->nml", a, t).amax(dim=2))
-    own = torch.eye(len(a), dtype=torch.bool)
-    same = own if recording is None else torch.tensor([[one == other for other in recording] for one in recording])
+    logits = scale * _cosines(config, a, t)
+    own, same = _pairs(len(a), recording)
     if config.name == "sigmoid":
         return _sigmoid(config, logits + bias, own, same)
     loss = torch.zeros((), dtype=a.dtype)
@@ -30,12 +27,62 @@ def naive_loss(config: LossConfig, a, t, scale, bias=None, recording=None, teach
         if config.recording_weight:
             loss = loss - weight * config.recording_weight * _recording(config, scores, own, same)
         if config.teacher_weight:
-            cosine = torch.stack(
-                [functional.normalize(a_, dim=1) @ functional.normalize(t_, dim=1).T for a_, t_ in teachers]
-            ).mean(dim=0)
-            target = ((cosine.T if transposed else cosine) / config.teacher_temperature).softmax(1)
+            target = _teacher_scores(config, teachers, transposed).softmax(1)
             loss = loss + weight * config.teacher_weight * functional.cross_entropy(scores, target)
     return loss
+
+
+def naive_figures(config: LossConfig, a, t, scale, bias, recording, teachers) -> dict[str, torch.Tensor]:
+    """What a step logs beside the loss, of the same batch."""
+    cosine = _cosines(config, a, t)
+    own, same = _pairs(len(a), recording)
+    found = {
+        f"{term}_loss": naive_loss(_alone(config, term), a, t, scale, bias, recording, teachers)
+        for term in ("pair", "recording", "teacher")
+        if getattr(config, f"{term}_weight")
+    }
+    if config.teacher_weight:
+        both = [_teacher_scores(config, teachers, transposed).log_softmax(1) for transposed in (False, True)]
+        weights = config.direction_weights
+        found["teacher_entropy"] = sum(
+            -weight * (p.exp() * p).sum(1).mean() for weight, p in zip(weights, both, strict=True)
+        )
+        found["teacher_kl"] = found["teacher_loss"] - found["teacher_entropy"]
+    return {
+        **found,
+        "recall_at_1": (cosine.argmax(1) == torch.arange(len(a))).to(a.dtype).mean(),
+        "reverse_recall_at_1": (cosine.argmax(0) == torch.arange(len(a))).to(a.dtype).mean(),
+        "positive_cosine": cosine[own].mean(),
+        "negative_cosine": cosine[~same].mean(),
+        "positives_a_row": same.to(a.dtype).sum(1).mean(),
+    }
+
+
+def _cosines(config, a, t):
+    if config.frame_match == "nearest":
+        t = torch.stack(
+            [frames[torch.stack([own @ frame for frame in frames]).argmax()] for own, frames in zip(a, t, strict=True)]
+        )
+    return a @ t.T if t.ndim == 2 else torch.einsum("nd,mld->nml", a, t).amax(dim=2)
+
+
+def _alone(config, term):
+    weights = {f"{name}_weight": float(name == term) for name in ("pair", "recording", "teacher")}
+    return dataclasses.replace(config, **weights)
+
+
+def _pairs(num_rows, recording):
+    own = torch.eye(num_rows, dtype=torch.bool)
+    if recording is None:
+        return own, own
+    return own, torch.tensor([[one == other for other in recording] for one in recording])
+
+
+def _teacher_scores(config, teachers, transposed):
+    cosine = torch.stack(
+        [functional.normalize(a_, dim=1) @ functional.normalize(t_, dim=1).T for a_, t_ in teachers]
+    ).mean(dim=0)
+    return (cosine.T if transposed else cosine) / config.teacher_temperature
 
 
 def _recording(config, scores, own, same):

@@ -163,7 +163,6 @@ def test_figures_of_the_batch():
     assert figures["teacher_entropy"] == pytest.approx(entropy.item())
     assert figures["teacher_kl"] == pytest.approx(divergence.item())
     assert figures["positives_a_row"] == pytest.approx(sum(RECORDINGS.count(name) for name in RECORDINGS) / NUM_ROWS)
-    assert figures["recall_at_1"] == pytest.approx((scores.argmax(1) == torch.arange(NUM_ROWS)).double().mean().item())
     assert output.loss.item() == pytest.approx(
         figures["pair_loss"] + figures["recording_loss"] + 2 * figures["teacher_loss"]
     )
