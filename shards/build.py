@@ -24,8 +24,10 @@ import pyarrow
 
 from audiotext_dist import storage
 from audiotext_dist.configuration import describe, parse, to_dict
-from audiotext_dist.data.index import BUILD_SETTINGS, INDEX_SUFFIX, SHARD_SUFFIX
+from audiotext_dist.data.index import INDEX_SUFFIX, SHARD_SUFFIX
 from audiotext_dist.data.sample import safe_key
+from audiotext_dist.data.shard import BUILD_SETTINGS
+from audiotext_dist.data.shard_list import LIST_NAME
 from audiotext_dist.errors import UserError, run_for_people
 from audiotext_dist.memory import keep_freed_memory
 from shards.check import check
@@ -252,7 +254,7 @@ def _check_same(before: dict[str, Any], now: dict[str, Any], out: str) -> None:
 
 def _remove_set(out: str) -> None:
     """Remove what a build writes, the commit marks first and the options last."""
-    for suffix in (INDEX_SUFFIX, SHARD_REPORT_SUFFIX, SHARD_SUFFIX, REPORT_NAME, BUILD_SETTINGS):
+    for suffix in (LIST_NAME, INDEX_SUFFIX, SHARD_REPORT_SUFFIX, SHARD_SUFFIX, REPORT_NAME, BUILD_SETTINGS):
         for path in storage.list_files(out, suffix):
             storage.remove(path)
 

@@ -9,9 +9,10 @@ import pyarrow
 
 from audiotext_dist import storage
 from audiotext_dist.data.index import INDEX_SUFFIX, SHARD_SUFFIX, ShardIndex
+from audiotext_dist.data.shard_list import LIST_NAME
 from audiotext_dist.errors import UserError
 from shards import writer
-from shards.finished import SHARD_REPORT_SUFFIX, shard_path
+from shards.finished import SHARD_REPORT_SUFFIX, list_problem, shard_path
 from shards.job import BuildConfig, own_shards, shard_rows
 from shards.record import Record
 from shards.report import REPORT_NAME, from_parquet, written
@@ -42,6 +43,7 @@ def check(config: BuildConfig, records: Sequence[Record]) -> pyarrow.Table | Non
     report = pyarrow.concat_tables(reports) if is_whole and not problems else None
     if report is not None:
         problems += _check_report(config.out, report)
+        problems += [f"{LIST_NAME}: {problem}" for problem in [list_problem(config.out)] if problem]
     if problems:
         told = "; ".join(problems[:PROBLEMS_TOLD])
         more = f"; and {len(problems) - PROBLEMS_TOLD} more" if len(problems) > PROBLEMS_TOLD else ""

@@ -14,6 +14,7 @@ Kind = Literal[
     "wrong_size",
     "wrong_checksum",
     "wrong_index",
+    "wrong_list",
     "undecodable",
     "leakage",
     "duplicate_key",
@@ -32,6 +33,7 @@ ERRORS: dict[Kind, str] = {
     "wrong_size": "the tar has not the size that its index gives",
     "wrong_checksum": "the tar has not the SHA-256 that its index gives",
     "wrong_index": "the index does not lead to the clips of the tar",
+    "wrong_list": "the list of shards is not that of their indexes",
     "undecodable": "training could not read the clip",
     "leakage": "a recording in more than one split",
 }

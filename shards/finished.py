@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 
 from audiotext_dist import storage
-from audiotext_dist.data.index import INDEX_SUFFIX, SHARD_SUFFIX
+from audiotext_dist.data.index import INDEX_SUFFIX, SHARD_SUFFIX, ShardIndex
+from audiotext_dist.data.shard_list import LIST_NAME, list_row, read_list, to_table
+from audiotext_dist.errors import UserError
 from shards import writer
 from shards.report import REPORT_NAME, count_failures, from_parquet
 
@@ -44,6 +47,27 @@ def read_reports(out: str, numbers: Sequence[int]) -> Iterator[pyarrow.Table]:
         )
 
 
+def list_rows(out: str) -> list[dict[str, Any]]:
+    """The rows of the set's list: of every shard that has clips."""
+
+    def row(path: str) -> dict[str, Any]:
+        stored = storage.read_bytes(path)
+        return list_row(ShardIndex.from_json(stored, storage.public_name(path)), stored)
+
+    with ThreadPoolExecutor(REPORTS_READ_AT_ONCE) as threads:
+        return list(threads.map(row, storage.list_files(out, INDEX_SUFFIX)))
+
+
+def list_problem(out: str) -> str | None:
+    """What is wrong with a folder's list of shards, if it has one."""
+    try:
+        found = read_list(out)
+        is_stale = found is not None and not found.equals(to_table(list_rows(out)))
+    except UserError as error:
+        return str(error)
+    return "not the list of these indexes: run the build again, or remove it" if is_stale else None
+
+
 def is_finished(out: str, number: int) -> bool:
     """True if this shard needs no more work, as seen now."""
     if storage.exists(shard_path(out, number, INDEX_SUFFIX)):
@@ -57,6 +81,7 @@ def reopen(out: str, own: range) -> None:
     for number, rows in zip(reported, read_reports(out, reported), strict=True):
         if count_failures(rows).keys() - {"excluded"}:
             for path in (
+                storage.join(out, LIST_NAME),
                 storage.join(out, REPORT_NAME),
                 shard_path(out, number, INDEX_SUFFIX),
                 shard_path(out, number, SHARD_REPORT_SUFFIX),

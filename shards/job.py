@@ -3,7 +3,8 @@
 1. Row i belongs to shard i // clips_per_shard. Job ``part=3/64`` builds the shards with number % 64 == 2.
 2. A job claims a shard before it encodes its rows and leaves it to the other job where one has claimed it.
 3. Each shard: the tar, the report of its rows, and last its index, which marks it as finished.
-4. Whichever job finds every shard finished puts ``report.parquet`` together, the account of every row.
+4. Whichever job finds every shard finished puts ``shards.parquet`` together, the list by which readers open the set,
+   and ``report.parquet``, the account of every row.
 
 On a disk a claim is a file lock, which ends with its job however that ends, and every file comes to its name by
 a rename. An object store has no locks: there, jobs are kept apart by ``part``. Two of them on one shard put whole
@@ -31,10 +32,19 @@ from tqdm import tqdm
 
 from audiotext_dist import storage
 from audiotext_dist.data.sample import Sample
+from audiotext_dist.data.shard_list import remove_list, write_list
 from audiotext_dist.errors import UserError
 from shards import writer
 from shards.executors import Executor, map_in_order
-from shards.finished import SHARD_REPORT_SUFFIX, finished_shards, is_finished, read_reports, reopen, shard_path
+from shards.finished import (
+    SHARD_REPORT_SUFFIX,
+    finished_shards,
+    is_finished,
+    list_rows,
+    read_reports,
+    reopen,
+    shard_path,
+)
 from shards.media import MediaConfig, Reason, try_clip
 from shards.record import Record
 from shards.report import REPORT_NAME, RowReport, row_report, shard_line, to_parquet, to_table
@@ -117,11 +127,15 @@ def run(config: BuildConfig, records: Sequence[Record]) -> pyarrow.Table | None:
     if config.retry_failed:
         reopen(config.out, own)
     finished = finished_shards(config.out)
-    _build_shards(config, records, {number: shards[number] for number in own if number not in finished})
+    missing = {number: shards[number] for number in own if number not in finished}
+    if missing:
+        remove_list(config.out)
+    _build_shards(config, records, missing)
     if len(finished_shards(config.out) & set(range(len(shards)))) < len(shards):
         return None
     report = pyarrow.concat_tables(read_reports(config.out, range(len(shards))))
     with storage.claimed(storage.join(config.out, "report"), wait=True):
+        write_list(config.out, list_rows(config.out))
         storage.write_bytes(storage.join(config.out, REPORT_NAME), to_parquet(report))
     return report
 

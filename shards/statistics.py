@@ -28,9 +28,9 @@ from audiotext_dist import storage
 from audiotext_dist.configuration import describe, parse
 from audiotext_dist.data.bad_samples import BadSampleError
 from audiotext_dist.data.decode import DecodeConfig, decode_clip
-from audiotext_dist.data.index import Shard, load_shards
 from audiotext_dist.data.plan import Slot
 from audiotext_dist.data.sample import AUDIO_MEMBER
+from audiotext_dist.data.shard import Shard, load_shards
 from audiotext_dist.data.shard_reader import ShardReader
 from audiotext_dist.errors import UserError, run_for_people
 from audiotext_dist.models.frontends import INT16_FULL_SCALE, Fbank, FbankConfig
@@ -215,7 +215,7 @@ def _measure_shard(shard: Shard, config: StatisticsConfig) -> Facts:
         frame_pixels=1,
         random=False,
     )
-    facts = Facts(clips=np.zeros((0, 6)), num_bytes=shard.index.shard_bytes)
+    facts = Facts(clips=np.zeros((0, 6)), num_bytes=shard.num_bytes)
     rows = []
     with contextlib.closing(ShardReader([shard])) as reader:
         for row, key in enumerate(shard.index.keys):

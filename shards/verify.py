@@ -22,9 +22,12 @@ from pathlib import Path
 
 from audiotext_dist import storage
 from audiotext_dist.configuration import describe, parse
-from audiotext_dist.data.index import BUILD_SETTINGS, INDEX_SUFFIX, SHARD_SUFFIX, index_path
+from audiotext_dist.data.index import INDEX_SUFFIX, SHARD_SUFFIX, index_path
+from audiotext_dist.data.shard import BUILD_SETTINGS
+from audiotext_dist.data.shard_list import LIST_NAME
 from audiotext_dist.errors import UserError, run_for_people
 from shards.findings import Finding, Kind, is_error, table
+from shards.finished import list_problem
 from shards.passes import default_num_workers, map_shards
 from shards.report import REPORT_NAME, count_values, from_parquet
 from shards.verify_shard import ShardFacts, check_shard
@@ -172,6 +175,8 @@ def _check_folders(split: str, paths: Sequence[str]) -> Iterator[Finding]:
             if (tar := name.removesuffix(INDEX_SUFFIX) + SHARD_SUFFIX) not in present:
                 yield Finding("missing_shard", split, f"{public}/{tar}", "its index is there, the tar is not")
         yield from _check_report(split, folder, present)
+        if problem := list_problem(folder):
+            yield Finding("wrong_list", split, f"{public}/{LIST_NAME}", problem)
 
 
 def _check_report(split: str, folder: str, present: set[str]) -> Iterator[Finding]:

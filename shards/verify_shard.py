@@ -15,9 +15,11 @@ import webdataset
 from audiotext_dist import storage
 from audiotext_dist.data.bad_samples import BadSampleError
 from audiotext_dist.data.decode import DecodeConfig, decode_clip, decode_metadata
-from audiotext_dist.data.index import Shard, ShardIndex, index_path, scan_tar
+from audiotext_dist.data.index import ShardIndex, index_path
 from audiotext_dist.data.plan import Slot
 from audiotext_dist.data.sample import AUDIO_MEMBER, METADATA_MEMBER, ClipMetadata, frame_member
+from audiotext_dist.data.scan import scan_tar
+from audiotext_dist.data.shard import Shard
 from audiotext_dist.data.shard_reader import ShardReader
 from audiotext_dist.errors import UserError
 from shards.findings import Finding, Kind
@@ -69,7 +71,7 @@ def check_shard(shard: tuple[str, str], *, decode: bool) -> ShardFacts:
             _check_index(facts, stored, found)
         facts.keys, facts.recordings = found.keys, found.recordings
         _check_stream(facts, local, found)
-        with contextlib.closing(ShardReader([Shard(path=str(local), index=found)])) as reader:
+        with contextlib.closing(ShardReader([Shard.of(str(local), found)])) as reader:
             for row, key in enumerate(found.keys):
                 try:
                     _check_clip(facts, reader, found, row, decode=decode)
@@ -118,6 +120,9 @@ def _differences(stored: ShardIndex, found: ShardIndex) -> Iterator[str]:
         yield f"it lists {stored.num_samples} clips, the tar has {found.num_samples}, or in another order"
     if stored.recordings != found.recordings:
         yield "recordings differ from those in the clips' json"
+    told = (stored.num_captioned, stored.sample_rate_hz)
+    if stored.num_captioned is not None and told != (found.num_captioned, found.sample_rate_hz):
+        yield "captions or sample rate differ from those in the clips' json"
     for name in sorted(stored.members.keys() | found.members.keys()):
         ours, theirs = stored.members.get(name), found.members.get(name)
         if ours is None or theirs is None or ours.tolist() != theirs.tolist():

@@ -14,8 +14,9 @@ import tarfile
 from collections.abc import Iterator
 
 from audiotext_dist import storage
-from audiotext_dist.data.index import SHARD_SUFFIX, ShardIndex, index_path, scan_tar
+from audiotext_dist.data.index import SHARD_SUFFIX, ShardIndex, index_path
 from audiotext_dist.data.sample import Sample
+from audiotext_dist.data.scan import scan_tar
 
 COPY_BYTES = 1 << 20
 

@@ -13,8 +13,8 @@ import pytest
 
 from audiotext_dist.data.feature_files import open_features
 from audiotext_dist.data.features import FeatureReader
-from audiotext_dist.data.index import load_shards
 from audiotext_dist.data.sample import frame_member
+from audiotext_dist.data.shard import load_shards
 from audiotext_dist.evaluation.metrics import retrieval_metrics
 from audiotext_dist.training.tracker import read_metrics
 from tests.clips import SAMPLE_RATE_HZ, make_sample, write_shards

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from audiotext_dist.data.index import load_shards
+from audiotext_dist.data.shard import load_shards
 from audiotext_dist.training.checkpoint import read_weights
 from audiotext_dist.training.tracker import read_metrics
 from tests.clips import SAMPLE_RATE_HZ, make_sample, write_shards

@@ -35,9 +35,9 @@ from audiotext_dist.data.feature_files import (
     feature_path,
     find_feature_files,
 )
-from audiotext_dist.data.index import Shard
 from audiotext_dist.data.row_batches import RowBatches
 from audiotext_dist.data.sets import DataConfig
+from audiotext_dist.data.shard import Shard
 from audiotext_dist.data.workers import iterate
 from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError, require_positive
@@ -161,7 +161,7 @@ def embed_shards(
     num_read = num_bad = 0
     parts: list[Tensors] = []
     missing: dict[str, str] = {}
-    with _progress_bar(sum(job.shard.index.num_samples for job in jobs), world) as bar:
+    with _progress_bar(sum(job.shard.num_samples for job in jobs), world) as bar:
         items = iterate(batches, range(len(batches)), num_workers=data.num_workers, device=world.device)
         for (number, rows), batch in zip(batches.rows, items, strict=True):
             job = jobs[number]
@@ -171,7 +171,7 @@ def embed_shards(
             num_read, num_bad = num_read + len(rows), num_bad + len(bad)
             _check_bad_share(num_bad, num_read, batch.bad_samples, config)
             bar.update(len(rows))
-            if rows.stop == job.shard.index.num_samples:
+            if rows.stop == job.shard.num_samples:
                 _write(job, config, encoders, parts, missing)
                 parts, missing = [], {}
                 if bar.disable:

@@ -25,7 +25,8 @@ from pathlib import Path
 
 from audiotext_dist import storage
 from audiotext_dist.data.encoders import Encoder, Modality
-from audiotext_dist.data.index import SHARD_SUFFIX, Shard
+from audiotext_dist.data.index import SHARD_SUFFIX
+from audiotext_dist.data.shard import Shard
 from audiotext_dist.errors import UserError
 from audiotext_dist.retry import RetryConfig
 
@@ -70,7 +71,7 @@ class FeatureFile:
         """Raise ``UserError`` unless these encoders made the file, of this very shard."""
         header = self.header
         found = None
-        if header.shard_sha256 != shard.index.sha256 or header.num_rows != shard.index.num_samples:
+        if header.shard_sha256 != shard.sha256 or header.num_rows != shard.num_samples:
             found = (
                 f"of another content of {shard.index.shard_name} ({header.num_rows} clips, {header.shard_sha256[:12]})"
             )

@@ -20,9 +20,9 @@ from audiotext_dist.data.batch_memory import BatchMemory
 from audiotext_dist.data.cache import NodeCache
 from audiotext_dist.data.decode import Clip, ClipArrays, DecodeConfig, decode_clip
 from audiotext_dist.data.features import Features
-from audiotext_dist.data.index import Shard
 from audiotext_dist.data.plan import Plan, Slot, evaluation_slots
 from audiotext_dist.data.prefetch import Prefetcher, each_in_turn
+from audiotext_dist.data.shard import Shard
 from audiotext_dist.data.shard_reader import ShardReader
 from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError
@@ -131,7 +131,7 @@ class EvaluationBatches(Dataset[Batch]):
         self._reader = ShardReader(shards, cache, verify=decode.verify)
         self._decode = decode
         self.memory = BatchMemory(batch_size, decode)
-        slots = evaluation_slots([shard.index.num_samples for shard in shards], rank=world.rank, world_size=world.size)
+        slots = evaluation_slots([shard.num_samples for shard in shards], rank=world.rank, world_size=world.size)
         self._batches = [slots[start : start + batch_size] for start in range(0, len(slots), batch_size)]
         ahead = partial(each_in_turn, [[slot.shard for slot in batch] for batch in self._batches])
         self._prefetcher = Prefetcher(cache, shards, ahead, max_bytes=cache.max_bytes // world.local_size)

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from audiotext_dist import storage
 from audiotext_dist.data.cache import NodeCache
-from audiotext_dist.data.index import Shard
 from audiotext_dist.data.read_counts import ReadCounts
+from audiotext_dist.data.shard import Shard
 from audiotext_dist.errors import UserError
 
 Upcoming = Callable[[int], Iterable[int]]
@@ -74,7 +74,7 @@ class _Thread(threading.Thread):
     def __init__(self, cache: NodeCache, shards: Sequence[Shard], upcoming: Upcoming, max_bytes: int) -> None:
         super().__init__(name="prefetch", daemon=True)
         self._cache, self._shards, self._upcoming, self._max_bytes = cache, shards, upcoming, max_bytes
-        self._remote_bytes = sum(shard.index.shard_bytes for shard in shards if storage.is_remote(shard.path))
+        self._remote_bytes = sum(shard.num_bytes for shard in shards if storage.is_remote(shard.path))
         self._changed = threading.Condition()
         self._step: int | None = None
         self._is_idle, self._is_over = True, False
@@ -137,7 +137,7 @@ class _Thread(threading.Thread):
         for shard in self._upcoming(step):
             if shard in wanted or not storage.is_remote(self._shards[shard].path):
                 continue
-            num_bytes += self._shards[shard].index.shard_bytes
+            num_bytes += self._shards[shard].num_bytes
             if num_bytes > self._max_bytes:
                 break
             wanted[shard] = None
@@ -148,9 +148,7 @@ class _Thread(threading.Thread):
     def _fetch(self, shard: Shard) -> bool:
         counts = ReadCounts()
         try:
-            return self._cache.fetch_ahead(
-                shard.path, num_bytes=shard.index.shard_bytes, sha256=shard.index.sha256, counts=counts
-            )
+            return self._cache.fetch_ahead(shard.path, num_bytes=shard.num_bytes, sha256=shard.sha256, counts=counts)
         except UserError:
             return True  # whoever reads this shard asks again, and tells
         finally:

@@ -14,10 +14,10 @@ from audiotext_dist.data.batch import Batch, collate
 from audiotext_dist.data.batch_memory import BatchMemory
 from audiotext_dist.data.cache import NodeCache
 from audiotext_dist.data.decode import Clip, ClipArrays, DecodeConfig, decode_clip
-from audiotext_dist.data.index import Shard
 from audiotext_dist.data.plan import Slot
 from audiotext_dist.data.prefetch import Prefetcher, each_in_turn
 from audiotext_dist.data.sample import ClipMetadata
+from audiotext_dist.data.shard import Shard
 from audiotext_dist.data.shard_reader import ShardReader
 from audiotext_dist.distributed import World
 
@@ -35,9 +35,9 @@ class RowBatches(Dataset[Batch]):
         self.memory = BatchMemory(batch_size, decode)
         self._reader = ShardReader(shards, cache)
         self.rows = [
-            (number, range(start, min(start + batch_size, shard.index.num_samples)))
+            (number, range(start, min(start + batch_size, shard.num_samples)))
             for number, shard in enumerate(shards)
-            for start in range(0, shard.index.num_samples, batch_size)
+            for start in range(0, shard.num_samples, batch_size)
         ]
         ahead = partial(each_in_turn, [[number] for number, _ in self.rows])
         self._prefetcher = Prefetcher(cache, shards, ahead, max_bytes=cache.max_bytes // world.local_size)

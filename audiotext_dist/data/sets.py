@@ -13,9 +13,9 @@ from audiotext_dist import storage
 from audiotext_dist.data.bad_samples import BadSampleError
 from audiotext_dist.data.cache import NodeCache, default_folder
 from audiotext_dist.data.decode import DecodeConfig, FrameChoice, decode_metadata
-from audiotext_dist.data.index import Shard, load_shards
 from audiotext_dist.data.plan import Plan, check_lanes, default_num_lanes
 from audiotext_dist.data.sample import AUDIO_MEMBER, METADATA_MEMBER, ClipMetadata, frame_member
+from audiotext_dist.data.shard import Shard, load_shards
 from audiotext_dist.data.shard_reader import ShardReader, Verify
 from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError, require_positive
@@ -130,29 +130,36 @@ def open_sets(sets: dict[str, SetConfig], config: DataConfig, *, frames: bool, c
             shards = load_shards(chosen.shards, config.node_cache())
         except UserError as error:
             raise UserError(f"data set '{name}': {error}") from None
-        shards = [shard for shard in shards if shard.index.num_samples]
+        shards = [shard for shard in shards if shard.num_samples]
         if not shards:
             raise UserError(f"data set '{name}' at {storage.public_name(chosen.shards)} holds no clips: build it again")
-        _check_first_shard(name, shards[0], config, frames=frames, captions=captions)
+        _check_contents(name, shards, config, frames=frames, captions=captions)
         opened.append(shards)
     return opened
 
 
-def _check_first_shard(name: str, shard: Shard, config: DataConfig, *, frames: bool, captions: bool) -> None:
-    needed = [AUDIO_MEMBER, METADATA_MEMBER] + [frame_member(i) for i in range(config.num_frames) if frames]
-    missing = [member for member in needed if member not in shard.index.members]
-    if missing:
+def _check_contents(name: str, shards: Sequence[Shard], config: DataConfig, *, frames: bool, captions: bool) -> None:
+    """What lists and indexes tell of every shard; where they leave something open, what the first clip says."""
+    needed = {AUDIO_MEMBER, METADATA_MEMBER, *(frame_member(i) for i in range(config.num_frames) if frames)}
+    missing_of = {members: sorted(needed - set(members.split())) for members in {shard.members for shard in shards}}
+    for shard in shards:
+        if missing := missing_of[shard.members]:
+            raise UserError(
+                f"data set '{name}' has no {', '.join(missing)} in {storage.public_name(shard.path)}: "
+                "build it with as many frames as data.num_frames, or choose another task"
+            )
+    rates_hz = {shard.sample_rate_hz for shard in shards}
+    has_captions = any(shard.num_captioned for shard in shards)
+    if 0 in rates_hz or any(shard.num_captioned is None for shard in shards):
+        metadata = _first_metadata(name, shards[0], config.node_cache())
+        rates_hz.add(metadata.sample_rate)
+        has_captions = bool(metadata.text)
+    if others := rates_hz - {0, config.sample_rate_hz}:
         raise UserError(
-            f"data set '{name}' has no {', '.join(missing)} in its first shard: "
-            "build it with as many frames as data.num_frames, or choose another task"
-        )
-    metadata = _first_metadata(name, shard, config.node_cache())
-    if metadata.sample_rate not in (0, config.sample_rate_hz):
-        raise UserError(
-            f"data set '{name}' was built at {metadata.sample_rate} Hz: set data.sample_rate_hz to that, "
+            f"data set '{name}' was built at {min(others)} Hz: set data.sample_rate_hz to that, "
             f"or build it with sample_rate_hz={config.sample_rate_hz}"
         )
-    if captions and not metadata.text:
+    if captions and not has_captions:
         raise UserError(f"data set '{name}' has no captions, and this task needs them: choose another set or task")
 
 
@@ -171,7 +178,7 @@ def warn_of_small_cache(
     sets: Sequence[Sequence[Shard]], config: DataConfig, *, global_batch_size: int, world: World
 ) -> None:
     """Say so where the shards that this node reads at once are more than its cache holds."""
-    remote = [shard.index.shard_bytes for shards in sets for shard in shards if storage.is_remote(shard.path)]
+    remote = [shard.num_bytes for shards in sets for shard in shards if storage.is_remote(shard.path)]
     if not remote:
         return
     lanes = (config.num_lanes or default_num_lanes(global_batch_size)) * world.local_size / world.size
@@ -205,7 +212,7 @@ def make_plan(
     num_lanes = config.num_lanes or default_num_lanes(global_batch_size)
     check_lanes(global_batch_size=global_batch_size, num_lanes=num_lanes, world_size=world_size)
     return Plan(
-        set_sizes=[[shard.index.num_samples for shard in shards] for shards in sets],
+        set_sizes=[[shard.num_samples for shard in shards] for shards in sets],
         set_weights=[chosen.weight for chosen in config.train.values()],
         seed=seed,
         epoch=epoch,

@@ -11,9 +11,10 @@ from typing import Literal
 from audiotext_dist import storage
 from audiotext_dist.data.bad_samples import BadSampleError
 from audiotext_dist.data.cache import NodeCache
-from audiotext_dist.data.index import Shard
+from audiotext_dist.data.index import ShardIndex
 from audiotext_dist.data.read_counts import ReadCounts
 from audiotext_dist.data.sample import checksum
+from audiotext_dist.data.shard import Shard
 from audiotext_dist.errors import UserError
 
 Verify = Literal["size", "sha256"]
@@ -44,7 +45,7 @@ class ShardReader:
         self._counts = ReadCounts()
         self._verify, self._verified = verify, set[int]()
         self._max_open_files = max_open_files
-        self._descriptors: OrderedDict[int, int] = OrderedDict()
+        self._opened: OrderedDict[int, tuple[int, ShardIndex]] = OrderedDict()
 
     def read(self, shard: int, row: int, member: str) -> bytes:
         """The bytes of one member.
@@ -53,13 +54,14 @@ class ShardReader:
             BadSampleError: the row has no such member, or not the bytes that the index was made of.
             UserError: the shard is not the one its index describes.
         """
-        entry = self._shards[shard].index.entry(row, member)
+        descriptor, index = self._open(shard)
+        entry = index.entry(row, member)
         if entry is None:
             raise BadSampleError(f"it has no {member}", "missing_member")
         offset, num_bytes, expected = entry
         if num_bytes > MAX_MEMBER_BYTES:
             raise BadSampleError(f"{member} has {num_bytes} bytes, more than {MAX_MEMBER_BYTES}", "too_large")
-        content = os.pread(self._descriptor(shard), num_bytes, offset)
+        content = os.pread(descriptor, num_bytes, offset)
         self._counts.bytes_read += len(content)
         if len(content) != num_bytes:
             raise BadSampleError(f"{member} is cut short", "cut_short")
@@ -67,32 +69,33 @@ class ShardReader:
             raise BadSampleError(f"{member} has changed since its shard was indexed", "wrong_checksum")
         return content
 
-    def _descriptor(self, shard: int) -> int:
-        if shard in self._descriptors:
-            self._descriptors.move_to_end(shard)
-            return self._descriptors[shard]
-        path, index = self._shards[shard].path, self._shards[shard].index
-        descriptor = self._cache.open(path, num_bytes=index.shard_bytes, sha256=index.sha256, counts=self._counts)
+    def _open(self, number: int) -> tuple[int, ShardIndex]:
+        if number in self._opened:
+            self._opened.move_to_end(number)
+            return self._opened[number]
+        shard = self._shards[number]
+        index = shard.index
+        descriptor = self._cache.open(shard.path, num_bytes=shard.num_bytes, sha256=shard.sha256, counts=self._counts)
         found_bytes = os.fstat(descriptor).st_size
         if found_bytes != index.shard_bytes:
             os.close(descriptor)
             raise UserError(
-                f"{storage.public_name(path)} has {found_bytes} bytes where its index says {index.shard_bytes}: "
+                f"{storage.public_name(shard.path)} has {found_bytes} bytes where its index says {index.shard_bytes}: "
                 "build or copy the shard again"
             )
-        if self._verify == "sha256" and shard not in self._verified:
-            self._check_all_bytes(descriptor, self._shards[shard])
-            self._verified.add(shard)
-        self._descriptors[shard] = descriptor
-        if len(self._descriptors) > self._max_open_files:
-            os.close(self._descriptors.popitem(last=False)[1])
-        return descriptor
+        if self._verify == "sha256" and number not in self._verified:
+            self._check_all_bytes(descriptor, shard)
+            self._verified.add(number)
+        self._opened[number] = descriptor, index
+        if len(self._opened) > self._max_open_files:
+            os.close(self._opened.popitem(last=False)[1][0])
+        return descriptor, index
 
     @staticmethod
     def _check_all_bytes(descriptor: int, shard: Shard) -> None:
         with open(descriptor, "rb", closefd=False) as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != shard.index.sha256:
+        if found != shard.sha256:
             os.close(descriptor)
             raise UserError(
                 f"{storage.public_name(shard.path)} has changed since its index was made (SHA-256): "
@@ -106,18 +109,18 @@ class ShardReader:
 
     def close_removed(self) -> None:
         """Close remote shards that the cache has removed: for as long as they are open, they take up its disk."""
-        for shard, descriptor in list(self._descriptors.items()):
+        for shard, (descriptor, _) in list(self._opened.items()):
             if storage.is_remote(self._shards[shard].path) and os.fstat(descriptor).st_nlink == 0:
-                os.close(self._descriptors.pop(shard))
+                os.close(self._opened.pop(shard)[0])
 
     def close(self) -> None:
         """Close the shards' files; the next read opens them again."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        while self._opened:
+            os.close(self._opened.popitem()[1][0])
 
     def __del__(self) -> None:
         self.close()
 
     def __getstate__(self) -> dict[str, object]:
         # Descriptors belong to one process.
-        return {**self.__dict__, "_descriptors": OrderedDict()}
+        return {**self.__dict__, "_opened": OrderedDict()}

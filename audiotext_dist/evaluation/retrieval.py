@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from audiotext_dist import storage
 from audiotext_dist.data.batch import Batch
 from audiotext_dist.data.features import Features
-from audiotext_dist.data.index import Shard
 from audiotext_dist.data.loader import NO_FEATURES, EvaluationBatches
 from audiotext_dist.data.sets import DataConfig, SetConfig
+from audiotext_dist.data.shard import Shard
 from audiotext_dist.data.workers import iterate
 from audiotext_dist.distributed import World, gather_items, raise_together
 from audiotext_dist.errors import UserError

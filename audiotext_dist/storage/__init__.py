@@ -12,7 +12,7 @@ their own, which would multiply. Other calls leave it to them (AWS_MAX_ATTEMPTS,
 from __future__ import annotations
 
 from audiotext_dist.storage.finding import exists, expand, identity, list_files
-from audiotext_dist.storage.paths import check_no_credentials, is_remote, join, public_name
+from audiotext_dist.storage.paths import check_no_credentials, expand_braces, is_remote, join, public_name
 from audiotext_dist.storage.reading import blocks, digest, read_bytes, read_range, sha256_of
 from audiotext_dist.storage.writing import atomic_file, atomic_local_file, claimed, copy, remove, write_bytes
 
@@ -26,6 +26,7 @@ __all__ = [
     "digest",
     "exists",
     "expand",
+    "expand_braces",
     "identity",
     "is_remote",
     "join",

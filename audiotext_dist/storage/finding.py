@@ -5,7 +5,7 @@ from __future__ import annotations
 from audiotext_dist.errors import UserError
 from audiotext_dist.retry import RetryConfig, answer, may_pass
 from audiotext_dist.storage.filesystems import fresh_filesystem
-from audiotext_dist.storage.paths import HTTP, braces, public_name, scheme_of, with_scheme
+from audiotext_dist.storage.paths import HTTP, expand_braces, public_name, scheme_of, with_scheme
 
 
 def exists(path: str, retry: RetryConfig | None = None) -> bool:
@@ -46,7 +46,7 @@ def expand(spec: str, suffix: str, retry: RetryConfig | None = None) -> list[str
     """
     files: list[str] = []
     for part in spec.split("::"):
-        for pattern in braces(part):
+        for pattern in expand_braces(part):
             if "*" in pattern:
                 files += sorted(name for name in _glob(pattern, retry) if name.endswith(suffix))
             elif pattern.endswith(suffix):

@@ -48,7 +48,7 @@ def with_scheme(path: str, name: str) -> str:
     return name if "://" in name or not is_remote(path) else f"{scheme_of(path)}://{name}"
 
 
-def braces(pattern: str) -> list[str]:
+def expand_braces(pattern: str) -> list[str]:
     """The names that ``{000..123}`` stands for.
 
     Raises:

@@ -17,10 +17,10 @@ from audiotext_dist.data.batch import Batch
 from audiotext_dist.data.encoders import Encoder, Modality, encoder_of
 from audiotext_dist.data.feature_files import open_features
 from audiotext_dist.data.features import FeatureReader, Features
-from audiotext_dist.data.index import Shard
 from audiotext_dist.data.loader import TrainingBatches
 from audiotext_dist.data.plan import Plan
 from audiotext_dist.data.sets import SetConfig, make_plan, open_sets, warn_of_small_cache
+from audiotext_dist.data.shard import Shard
 from audiotext_dist.data.workers import iterate
 from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError

@@ -33,11 +33,12 @@ import simplejpeg
 import soundfile
 import torch
 
-from audiotext_dist.data.index import Shard, ShardIndex, load_shards
+from audiotext_dist.data.index import ShardIndex
 from audiotext_dist.data.loader import TrainingBatches
 from audiotext_dist.data.plan import Plan
 from audiotext_dist.data.sample import Sample
 from audiotext_dist.data.sets import DataConfig, SetConfig, make_plan, open_sets
+from audiotext_dist.data.shard import Shard, load_shards
 from audiotext_dist.data.shard_reader import ShardReader
 from audiotext_dist.data.workers import iterate
 from audiotext_dist.distributed import World
@@ -66,7 +67,7 @@ class Case:
     @property
     def num_clips(self) -> int:
         """Clips of the set."""
-        return sum(shard.index.num_samples for shard in load_shards(self.shards))
+        return sum(shard.num_samples for shard in load_shards(self.shards))
 
 
 def main() -> None:
@@ -144,7 +145,7 @@ def encoded_clips(case: Case) -> list[tuple[bytes, bytes | None]]:
         return [
             (reader.read(shard, row, "flac"), reader.read(shard, row, "1.jpg") if case.with_frames else None)
             for shard, found in enumerate(shards)
-            for row in range(found.index.num_samples)
+            for row in range(found.num_samples)
         ]
 
 
@@ -253,7 +254,7 @@ def read_in_place(shards: list[Shard], members: list[str], num_passes: int) -> I
 
 def read_members(shards: list[Shard], members: list[str], num_passes: int) -> Iterator[bytes]:
     """These members of every sample, in the plan's order."""
-    sizes = [[shard.index.num_samples for shard in shards]]
+    sizes = [[shard.num_samples for shard in shards]]
     with contextlib.closing(ShardReader(shards)) as reader:
         for epoch in range(num_passes):
             plan = Plan(

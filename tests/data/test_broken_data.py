@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import logging
 import os
 import tarfile
@@ -21,10 +22,12 @@ from hypothesis import strategies as st
 from audiotext_dist.data.bad_samples import BadKind, BadSample, BadSampleCount, BadSampleError
 from audiotext_dist.data.batch import Batch
 from audiotext_dist.data.decode import DecodeConfig, decode_clip, decode_metadata, square_frame
-from audiotext_dist.data.index import Shard, index_path, load_shards, scan_tar
+from audiotext_dist.data.index import index_path
 from audiotext_dist.data.loader import TrainingBatches
 from audiotext_dist.data.plan import Slot
+from audiotext_dist.data.scan import scan_tar
 from audiotext_dist.data.sets import DataConfig, SetConfig, make_plan, open_sets
+from audiotext_dist.data.shard import Shard, load_shards
 from audiotext_dist.data.shard_reader import ShardReader
 from audiotext_dist.data.workers import iterate
 from audiotext_dist.distributed import World
@@ -331,6 +334,9 @@ def test_a_set_without_any_json_that_can_be_read_is_named(tmp_path: Path) -> Non
     offset, num_bytes = load_shards(shards)[0].index.span(0, "json") or (0, 0)
     (tmp_path / "00000.tar").chmod(0o644)
     overwrite(tmp_path / "00000.tar", offset, b"x" * num_bytes)
+    index = json.loads((tmp_path / "00000.index.json").read_bytes())
+    older = {key: value for key, value in index.items() if key not in ("num_captioned", "sample_rate_hz")}
+    (tmp_path / "00000.index.json").write_text(json.dumps(older))
     with pytest.raises(UserError, match=r"data set 'own': no json of .*00000\.tar can be read"):
         batches_of(shards)
 

@@ -13,9 +13,9 @@ from safetensors.numpy import load_file, save_file
 from audiotext_dist.data.decode import square_frame
 from audiotext_dist.data.feature_files import open_features, read_feature_file
 from audiotext_dist.data.features import FeatureReader
-from audiotext_dist.data.index import load_shards
 from audiotext_dist.data.loader import EvaluationBatches, TrainingBatches
 from audiotext_dist.data.sample import ClipMetadata, frame_member
+from audiotext_dist.data.shard import load_shards
 from audiotext_dist.data.shard_reader import ShardReader
 from audiotext_dist.data.workers import iterate
 from audiotext_dist.distributed import World

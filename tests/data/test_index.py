@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from audiotext_dist.data.index import ShardIndex, index_path, load_shards, scan_tar
+from audiotext_dist.data.index import ShardIndex, index_path
+from audiotext_dist.data.scan import scan_tar
+from audiotext_dist.data.shard import load_shards
 from audiotext_dist.errors import UserError
 
 BLOCK = tarfile.BLOCKSIZE

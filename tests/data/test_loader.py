@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from audiotext_dist.data.decode import clip_uniforms
-from audiotext_dist.data.index import index_path, load_shards
+from audiotext_dist.data.index import index_path
 from audiotext_dist.data.loader import EvaluationBatches, TrainingBatches
 from audiotext_dist.data.sample import AUDIO_MEMBER
 from audiotext_dist.data.sets import DataConfig, SetConfig, make_plan, open_sets
+from audiotext_dist.data.shard import load_shards
 from audiotext_dist.data.workers import iterate
 from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError

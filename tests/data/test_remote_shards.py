@@ -20,11 +20,11 @@ import torch
 from audiotext_dist import storage
 from audiotext_dist.data.batch import Batch
 from audiotext_dist.data.cache import NodeCache
-from audiotext_dist.data.index import Shard, load_shards
 from audiotext_dist.data.loader import EvaluationBatches, TrainingBatches
 from audiotext_dist.data.plan import Plan
 from audiotext_dist.data.read_counts import ReadCounts
 from audiotext_dist.data.sets import DataConfig, SetConfig, make_plan, warn_of_small_cache
+from audiotext_dist.data.shard import Shard, load_shards
 from audiotext_dist.data.workers import in_step, iterate
 from audiotext_dist.distributed import World, sums_over_ranks
 from audiotext_dist.errors import UserError
@@ -354,7 +354,7 @@ def test_a_local_tar_without_an_index_is_scanned_once(
     elsewhere: Path, cache: NodeCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (first,) = load_shards(str(elsewhere), cache)
-    monkeypatch.setattr("audiotext_dist.data.index.scan_tar", lambda *_: pytest.fail("scanned again"))
+    monkeypatch.setattr("audiotext_dist.data.shard.scan_tar", lambda *_: pytest.fail("scanned again"))
     assert load_shards(str(elsewhere), cache)[0].index.to_json() == first.index.to_json()
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from audiotext_dist.data.index import load_shards
 from audiotext_dist.data.sets import DataConfig, SetConfig
+from audiotext_dist.data.shard import load_shards
 from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError
 from audiotext_dist.evaluation.benchmarks import coverage

@@ -16,7 +16,7 @@ import pytest
 import soundfile
 import webdataset
 
-from audiotext_dist.data.index import load_shards
+from audiotext_dist.data.shard import load_shards
 from audiotext_dist.errors import UserError
 from shards.build import AudioSetBuild, SoundscapeBuild, TableBuild, main
 from shards.record import Record

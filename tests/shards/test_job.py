@@ -18,9 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from audiotext_dist import storage
+from audiotext_dist.data.shard import load_shards
+from audiotext_dist.data.shard_list import LIST_NAME, read_list, write_list
 from audiotext_dist.errors import UserError
 from shards import job
 from shards.build import TableBuild, main
+from shards.finished import list_rows
 from shards.job import own_shards, shard_rows
 from shards.record import Record
 from shards.report import RowReport
@@ -213,6 +216,7 @@ def put(name: str, folder: Path) -> None:
         (cut, "00003.tar", r"00003\.tar: 512 bytes, not"),
         (put, "00004.report.parquet", r"00004\.tar: its report is of other rows"),
         (put, "report.parquet", r"report\.parquet: not the sum"),
+        (put, "shards.parquet", r"shards\.parquet: .*shards\.parquet is no list of shards"),
         (put, "00002.tar", r"00002\.tar: 00002\.tar stands there"),
         (put, "00005.tar", r"00005\.tar: no shard of this row list"),
     ],
@@ -229,6 +233,31 @@ def test_check_names_what_is_wrong_and_writes_nothing(
     with pytest.raises(UserError, match=told):
         build_table(check)
     assert contents(tmp_path / "out") == before
+
+
+def test_the_list_is_there_when_every_shard_is_and_gone_before_one_is_built(media: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for part, is_listed in (("1/2", False), ("2/2", True)):
+        build_table(config_for(media, out, part=part))
+        assert (out / LIST_NAME).exists() is is_listed
+    listed = (out / LIST_NAME).read_bytes()
+    assert read_list(str(out))["name"].to_pylist() == ["00000.tar", "00001.tar", "00003.tar", "00004.tar"]
+    (out / "00001.index.json").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "_build_shards", lambda *_: pytest.fail("built") if (out / LIST_NAME).exists() else None)
+        build_table(config_for(media, out))
+    with pytest.raises(UserError, match=r"00001\.tar is not finished"):
+        load_shards(str(out))
+    build_table(config_for(media, out))
+    assert (out / LIST_NAME).read_bytes() == listed
+
+
+def test_a_list_of_other_indexes_is_found_by_check(media: Path, tmp_path: Path) -> None:
+    config = config_for(media, tmp_path / "out")
+    build_table(config)
+    write_list(config.out, [{**row, "num_samples": 7} for row in list_rows(config.out)])
+    with pytest.raises(UserError, match=r"shards\.parquet: not the list of these indexes"):
+        build_table(replace(config, mode="check"))
 
 
 def test_check_of_a_part_looks_at_its_shards_alone(media: Path, tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ import webdataset
 from audiotext_dist import storage
 from audiotext_dist.data.index import ShardIndex
 from audiotext_dist.data.sample import Sample
+from audiotext_dist.data.shard_list import write_list
+from shards.finished import list_rows
 from shards.report import REPORT_NAME, row_report, to_parquet, to_table
 from shards.verify import Verification, VerifyConfig, verify
 from tests.clips import make_sample, write_shards
@@ -188,6 +190,21 @@ def test_an_index_that_is_none(tmp_path: Path) -> None:
     folder = make_set(tmp_path / "train")
     (folder / "00001.index.json").write_text("{")
     assert kinds(check(train=folder)) == ["broken_index"]
+
+
+def test_a_list_of_other_shards(tmp_path: Path) -> None:
+    folder = make_set(tmp_path / "train")
+    rows = list_rows(str(folder))
+    write_list(str(folder), rows)
+    assert kinds(check(train=folder)) == []
+    write_list(str(folder), rows[1:])
+    assert kinds(check(train=folder)) == ["wrong_list"]
+
+
+def test_an_index_that_tells_of_other_captions(tmp_path: Path) -> None:
+    folder = make_set(tmp_path / "train")
+    change_index(folder, lambda index: index.update(num_captioned=1))
+    assert kinds(check(train=folder)) == ["wrong_index"]
 
 
 def test_a_tar_without_index_among_others_is_unfinished(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ import fsspec
 import pytest
 import webdataset
 
-from audiotext_dist.data.index import ShardIndex, load_shards
+from audiotext_dist.data.index import ShardIndex
 from audiotext_dist.data.sample import MAX_KEY_LENGTH, ClipMetadata, Sample
+from audiotext_dist.data.shard import load_shards
 from shards.writer import commit, shard_name, write_tar
 
 
