@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from audiotext_dist import configuration
 from audiotext_dist.data.sets import open_sets
@@ -12,10 +14,10 @@ from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError, run_for_people
 from audiotext_dist.evaluation import report
 from audiotext_dist.evaluation.retrieval import check_relevance, evaluate_set
-from audiotext_dist.models.dual_encoder import build_model
+from audiotext_dist.models.dual_encoder import DualEncoder, build_model
 from audiotext_dist.training.checkpoint import load_model
 from audiotext_dist.training.engine import start_process_group, stop_process_group
-from audiotext_dist.training.prepare import features_of, needs_pictures, replaced_encoders
+from audiotext_dist.training.prepare import build_towers, features_of, needs_pictures, replaced_encoders
 from audiotext_dist.training.recipe import Recipe, read_run_recipe
 
 HELP = """Evaluate a run's newest checkpoint, or any exported weights, on its validation sets or others.
@@ -24,6 +26,10 @@ HELP = """Evaluate a run's newest checkpoint, or any exported weights, on its va
     python launch/evaluate.py run=runs/NAME data.validation.clotho.shards=FOLDER out=results
     python launch/evaluate.py run=runs/NAME weights=FILE.safetensors
     deepspeed launch/evaluate.py run=runs/NAME            (clips shared over all processes)
+
+Zero-shot, with a tower that the run was not trained with (here audio-text, through the pictures of an audio-image run):
+    python launch/evaluate.py run=runs/NAME task=audio-text model.text.name=ViT-B-32-quickgelu \
+        model.text.pretrained=openai data.validation.clotho.shards=FOLDER out=results
 
 Prints the table and writes it as retrieval.json into out (default: the run folder). data.validation.NAME.relevance
 is `labels`, or a file that says which captions truly describe which clips. Other keys are the recipe's:
@@ -40,7 +46,7 @@ def main() -> None:
     if "run" not in own:
         raise UserError("no run to evaluate: give run=FOLDER")
     changes = [word for word in words if word.split("=", 1)[0] not in own]
-    recipe = read_run_recipe(Path(own["run"]), changes)
+    recipe = _read(Path(own["run"]), changes)
     if not recipe.data.validation:
         raise UserError("no set to evaluate: give data.validation.NAME.shards=FOLDER")
     world = World.from_environment()
@@ -48,10 +54,7 @@ def main() -> None:
     sets = open_sets(recipe.data.validation, recipe.data, frames=needs_pictures(recipe), captions="text" in recipe.task)
     for name, chosen in recipe.data.validation.items():
         check_relevance(chosen.relevance, recipe.task, name)
-    model = build_model(
-        recipe.model.without_weights(), recipe.task, recipe.data.sample_rate_hz, recipe.training.autocast_dtype
-    )
-    load_model(model, own.get("weights", own["run"]))
+    model = _build(recipe, own["run"], own.get("weights", own["run"]))
     encoders = replaced_encoders(recipe, model)
     features = [
         features_of(recipe, encoders, {name: chosen}, [shards])
@@ -69,6 +72,7 @@ def main() -> None:
             chosen,
             set_name=name,
             batch_size=recipe.evaluation.batch_size,
+            frame=recipe.evaluation.frame,
             world=world,
             features=known,
         )
@@ -80,6 +84,37 @@ def main() -> None:
         out.mkdir(parents=True, exist_ok=True)
         report.write_results(results, out)
         print(report.table(results))
+
+
+def _read(run: Path, changes: list[str]) -> Recipe:
+    """The run's recipe; for another task without what only the run's own could use."""
+    if any(word.startswith("task=") for word in changes):
+        own_alone = ["loss.frame_match=one", "loss.frame_match_from_epoch=0", "evaluation.frame=middle"]
+        changes = [*own_alone, "data.frame_features=null", "data.caption_features=null", *changes]
+    return read_run_recipe(run, changes)
+
+
+def _build(recipe: Recipe, run: str, weights: str) -> DualEncoder:
+    """The model with the run's weights; towers that the run has not come from model.TOWER.init or .pretrained."""
+    config, has = recipe.model.without_weights(), read_run_recipe(Path(run)).task.split("-")
+    if recipe.task.split("-") == has:
+        model = build_model(config, recipe.task, recipe.data.sample_rate_hz, recipe.training.autocast_dtype)
+        load_model(model, weights)
+        return model
+    for modality in set(recipe.task.split("-")) - set(has):
+        tower = getattr(recipe.model, modality)
+        if tower.init is None and tower.pretrained is None:
+            raise UserError(
+                f"{run} has no {modality} tower for task={recipe.task}: give model.{modality}.init or "
+                f"model.{modality}.pretrained"
+            )
+    towers: dict[str, Any] = {
+        modality: replace(getattr(config, modality), init=weights)
+        if modality in has
+        else getattr(recipe.model, modality)
+        for modality in recipe.task.split("-")
+    }
+    return build_towers(replace(recipe, model=replace(config, init=None, **towers)))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from audiotext_dist.training.recipe import Recipe, read_recipe
 
 RECIPES = sorted((Path(__file__).parents[1] / "launch" / "recipes").rglob("*.yaml"))
 ENOUGH = ["name=test", "data.train.own.shards=shards"]
+FRAMES = [*ENOUGH, "task=audio-image"]
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,27 @@ ENOUGH = ["name=test", "data.train.own.shards=shards"]
         (
             [*ENOUGH, "loss.name=sigmoid", "loss.recording_weight=1", "loss.recording_form=mean_a_row"],
             r"no loss.recording_form=mean_a_row: set mean_over_pairs or left_out",
+        ),
+        (
+            [*ENOUGH, "loss.frame_match=nearest"],
+            r"loss.frame_match=nearest matches sound to frames, not task=audio-text",
+        ),
+        ([*ENOUGH, "loss.frame_match_from_epoch=-1"], r"loss.frame_match_from_epoch=-1 must not be negative"),
+        ([*FRAMES, "loss.frame_match_from_epoch=5"], r"loss.frame_match=one is the same in every epoch"),
+        (
+            [*FRAMES, "loss.frame_match=nearest", "loss.frame_match_from_epoch=10"],
+            r"loss.frame_match_from_epoch=10 never comes in training.num_epochs=10",
+        ),
+        (
+            [*FRAMES, "loss.frame_match=multiframe"],
+            r"model.audio.num_outputs=1 and data.num_frames=4: set the first to 4",
+        ),
+        ([*FRAMES, "model.audio.num_outputs=4"], r"num_outputs=4 goes with loss.frame_match=multiframe, not one"),
+        ([*FRAMES, "model.audio.num_outputs=0"], r"model.audio.num_outputs=0 must be above 0"),
+        ([*ENOUGH, "evaluation.frame=best"], r"evaluation.frame=best chooses among frames .* task=audio-text"),
+        (
+            [*FRAMES, "loss.frame_match=multiframe", "model.audio.num_outputs=4", "evaluation.frame=best"],
+            r"with model.audio.num_outputs=4 does not: set it to middle",
         ),
         ([*ENOUGH, "training.micro_batch_size=0"], r"training.micro_batch_size=0 must be above 0"),
         ([*ENOUGH, "training.precision=fp8"], r"wrong value for 'training.precision'.*bf16"),

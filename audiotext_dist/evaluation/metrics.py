@@ -47,14 +47,14 @@ def metrics_of_queries(
     """Each query's METRICS, [Q, 4].
 
     Args:
-        queries_QD, items_ID: L2-normalised embeddings; a score is their product.
+        queries_QD, items_ID: L2-normalised embeddings; a score is their product, see ``pair_scores``.
         relevant: for each query, the distinct numbers of its relevant items, at least one.
         tile_bytes: of the score matrix, held at a time.
     """
     found_ranks: list[NDArray[np.int64]] = []
-    queries_a_tile = max(1, tile_bytes // items_ID[:, :1].nbytes)
+    queries_a_tile = max(1, tile_bytes // (len(items_ID) * items_ID.itemsize))
     for start in range(0, len(queries_QD), queries_a_tile):
-        scores_TI = queries_QD[start : start + queries_a_tile] @ items_ID.T
+        scores_TI = pair_scores(queries_QD[start : start + queries_a_tile], items_ID)
         found_ranks += [_ranks_in_top(row_I, relevant[start + row]) for row, row_I in enumerate(scores_TI)]
     best_rank = np.array([ranks[0] if len(ranks) else np.inf for ranks in found_ranks])
     average_precision = [
@@ -62,6 +62,18 @@ def metrics_of_queries(
         for ranks, items in zip(found_ranks, relevant, strict=True)
     ]
     return np.stack([*(best_rank <= k for k in RECALL_AT), np.array(average_precision)], axis=1).astype(np.float64)
+
+
+def pair_scores(queries_QD: NDArray[np.float32], items_ID: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Every query's product with every item, [Q, I]; a side of [rows, L, D] scores by its best frame."""
+    if queries_QD.ndim == 3:
+        return pair_scores(items_ID, queries_QD).T
+    if items_ID.ndim == 2:
+        return queries_QD @ items_ID.T
+    best_QI = queries_QD @ items_ID[:, 0].T
+    for frame in range(1, items_ID.shape[1]):
+        np.maximum(best_QI, queries_QD @ items_ID[:, frame].T, out=best_QI)
+    return best_QI
 
 
 def chance_metrics(num_items: int, relevant: Sequence[NDArray[np.int64]]) -> dict[str, float]:
@@ -104,7 +116,7 @@ def check_retrieval(
     """Raise ``UserError`` where an embedding is not finite, or a query has no relevant item."""
     assert len(relevant) == len(queries_QD)
     for name, embeddings in (("query", queries_QD), ("item", items_ID)):
-        broken = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
+        broken = np.flatnonzero(~np.isfinite(embeddings).reshape(len(embeddings), -1).all(axis=1))
         if len(broken):
             raise UserError(
                 f"{len(broken)} {name} embeddings are not finite, the first at row {broken[0]}: "

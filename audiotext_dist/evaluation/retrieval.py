@@ -1,8 +1,9 @@
 """A model's retrieval on one set: embed each rank's share, gather, rank in both directions.
 
-Clips and captions come with every one of their rows: a fixed crop, the middle frame, all captions. The
-pairs are a clip with its own frame or captions; with a relevance (labels, or a file of what captions truly
-describe) the same embeddings are scored a second time against that.
+Clips and captions come with every one of their rows: a fixed crop, the middle frame, all captions. Of a clip's
+frames it may be the best one for each pair instead, and all of them under Multiframe Match. The pairs are a clip with
+its own frame or captions; with a relevance (labels, or a file of what captions truly describe) the same embeddings
+are scored a second time against that.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -31,10 +32,15 @@ from audiotext_dist.evaluation.metrics import chance_metrics, check_retrieval, m
 from audiotext_dist.models.dual_encoder import DualEncoder, Task, unit_length
 
 LABEL_RELEVANCE = "labels"
+# Which frame a clip is found by; under Multiframe Match it is always all of them.
+EvaluatedFrame = Literal["middle", "best"]
 
 
 class EmbeddedClip(NamedTuple):
-    """One clip's embeddings: a row for its audio or frame, as many as it has captions for its text."""
+    """One clip's embeddings: a row for its audio or frame, as many as it has captions for its text.
+
+    A row is [D], or [L, D] where the best frame counts.
+    """
 
     key: str
     labels: list[str]
@@ -84,6 +90,7 @@ def evaluate_set(
     batch_size: int,
     world: World,
     features: Features = NO_FEATURES,
+    frame: EvaluatedFrame = "middle",
 ) -> RetrievalResult:
     """Retrieval in both directions; every rank calls it, and gets the whole result.
 
@@ -92,9 +99,10 @@ def evaluate_set(
     """
     was_training = model.training
     model.eval()
+    all_frames = "image" in task and (frame == "best" or model.matches_all_frames)
     decode = data.decode_config(
         audio="audio" in task,
-        frames="middle" if "image" in task else "none",
+        frames=("all" if all_frames else "middle") if "image" in task else "none",
         frame_pixels=model.frame_pixels,
         random=False,
     )
@@ -105,7 +113,7 @@ def evaluate_set(
     error: UserError | None = None
     try:
         for batch in iterate(batches, range(len(batches)), num_workers=data.num_workers, device=world.device):
-            own += _embed(model, task, batch)
+            own += _embed(model, task, batch, all_frames=all_frames)
     except UserError as met:
         error = met
     raise_together(error)
@@ -143,7 +151,7 @@ def _check_caption_counts(clips: Sequence[EmbeddedClip], set_name: str) -> None:
         )
 
 
-def _embed(model: DualEncoder, task: Task, batch: Batch) -> list[EmbeddedClip]:
+def _embed(model: DualEncoder, task: Task, batch: Batch, *, all_frames: bool) -> list[EmbeddedClip]:
     sides: list[list[NDArray[np.float32]]] = []
     for modality in task.split("-"):
         match modality:
@@ -151,15 +159,22 @@ def _embed(model: DualEncoder, task: Task, batch: Batch) -> list[EmbeddedClip]:
                 rows_RD = model.embed_audio(batch.waveform_BS, batch.num_valid_samples_B)
                 sides.append(list(rows_RD.cpu().numpy()[:, None]))
             case "image":
-                known_RD = batch.frame_embeddings_BD
-                rows_RD = model.embed_images(batch.frames_BLHWC[:, 0]) if known_RD is None else unit_length(known_RD)
-                sides.append(list(rows_RD.cpu().numpy()[:, None]))
+                sides.append(list(_embed_frames(model, batch, all_frames=all_frames).cpu().numpy()[:, None]))
             case "text":
                 sides.append(_embed_captions(model, batch))
     return [
         EmbeddedClip(key=key, labels=metadata.labels, first_RD=first_RD, second_RD=second_RD)
         for key, metadata, first_RD, second_RD in zip(batch.keys, batch.metadata, *sides, strict=True)
     ]
+
+
+def _embed_frames(model: DualEncoder, batch: Batch, *, all_frames: bool) -> torch.Tensor:
+    known = batch.frame_embeddings_BLD if all_frames else batch.frame_embeddings_BD
+    if known is not None:
+        return model.joined(unit_length(known))
+    frames = batch.frames_BLHWC if all_frames else batch.frames_BHWC
+    assert frames is not None
+    return model.joined(model.embed_images(frames))
 
 
 def _embed_captions(model: DualEncoder, batch: Batch) -> list[NDArray[np.float32]]:

@@ -92,6 +92,7 @@ class Prepared:
                 batch_size=self.recipe.evaluation.batch_size,
                 world=self.world,
                 features=self.validation_features[name],
+                frame=self.recipe.evaluation.frame,
             )
             for name, shards in self.validation_sets.items()
         ]

@@ -18,6 +18,7 @@ from audiotext_dist import configuration
 from audiotext_dist.data.decode import FrameChoice
 from audiotext_dist.data.sets import DataConfig
 from audiotext_dist.errors import UserError, require_positive
+from audiotext_dist.evaluation.retrieval import EvaluatedFrame
 from audiotext_dist.losses.config import LossConfig
 from audiotext_dist.models.dual_encoder import ModelConfig, Task
 from audiotext_dist.models.towers import check_heard
@@ -76,10 +77,15 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """When and how data.validation is evaluated."""
+    """When and how data.validation is evaluated.
+
+    frame: by which a clip is found in task=audio-image, the middle one or the best one for each pair; under
+    loss.frame_match=multiframe it is always all of them (Temporal agreement, Eq. 4).
+    """
 
     every_epochs: int = 1
     batch_size: int = 64  # clips a rank embeds at once
+    frame: EvaluatedFrame = "middle"
 
     def __post_init__(self) -> None:
         require_positive(self, "evaluation", "every_epochs", "batch_size")
@@ -164,6 +170,12 @@ class Recipe:
             raise UserError(
                 f"model.audio.num_outputs={num_outputs} goes with loss.frame_match=multiframe, not {loss.frame_match}: "
                 "set it to 1"
+            )
+
+        if self.evaluation.frame != "middle" and (self.task != "audio-image" or num_outputs > 1):
+            raise UserError(
+                f"evaluation.frame={self.evaluation.frame} chooses among frames for a sound as a whole, which "
+                f"task={self.task} with model.audio.num_outputs={num_outputs} does not: set it to middle"
             )
 
     def num_micro_batches(self, world_size: int) -> int:
