@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from audiotext_dist.errors import UserError, require_positive
 from audiotext_dist.models.audio import AudioTower, AudioTowerConfig
 from audiotext_dist.models.image import ImageTower, ImageTowerConfig
-from audiotext_dist.models.text import TextTower, TextTowerConfig
-from audiotext_dist.models.towers import AnyAudioTower, build_audio_tower
+from audiotext_dist.models.text import TextTowerConfig
+from audiotext_dist.models.towers import AnyAudioTower, AnyTextTower, build_audio_tower, build_text_tower
 from audiotext_dist.models.windows import Windows
 
 Task = Literal["audio-image", "audio-text", "image-text"]
@@ -102,7 +102,7 @@ class DualEncoder(nn.Module):
         *,
         audio: AnyAudioTower | None,
         image: ImageTower | None,
-        text: TextTower | None,
+        text: AnyTextTower | None,
         windows: Windows | None = None,
         autocast_dtype: torch.dtype | None = None,
     ) -> None:
@@ -237,7 +237,7 @@ def build_model(
     """
     modalities = task.split("-")
     image = ImageTower(config.image) if "image" in modalities else None
-    text = TextTower(config.text) if "text" in modalities else None
+    text = build_text_tower(config.text) if "text" in modalities else None
     audio: AnyAudioTower | None = None
     if "audio" in modalities:
         if config.audio.init_from_image:

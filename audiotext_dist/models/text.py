@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import textwrap
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import dataclass, field
+from typing import Literal, Self
 
 import open_clip
 from torch import Tensor, nn
 
 from audiotext_dist.errors import UserError
 from audiotext_dist.models.clip import clip_settings, create_clip
+from audiotext_dist.models.hub_text import HubTextConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextTowerConfig:
-    """CLIP's text encoder.
+    """CLIP's text encoder, or one of the transformers library.
 
-    name: open_clip model. pretrained: its tag or a local weights file; null is random. init: a run
-    folder or export whose own tower of this kind is loaded over that. frozen: no gradient,
-    evaluation mode always.
+    name: open_clip model; of transformers one on the hub (roberta-large) or a local folder, for sizes and tokenizer.
+    pretrained: open_clip's tag or a local weights file; of transformers a name or folder as above, mostly the same
+    one; null is random. init: a run folder or export whose own tower of this kind is loaded over that. frozen: no
+    gradient, evaluation mode always.
     """
 
+    kind: Literal["clip", "transformers"] = "clip"
     name: str = "ViT-B-32"
     pretrained: str | None = None
     init: str | None = None
     frozen: bool = True
+    transformers: HubTextConfig = field(default_factory=HubTextConfig)
 
 
 class TextTower(nn.Module):

@@ -5,10 +5,13 @@ from __future__ import annotations
 from audiotext_dist.errors import UserError
 from audiotext_dist.models.atst import AtstTower
 from audiotext_dist.models.audio import AudioTower, AudioTowerConfig, create_audio_tower
+from audiotext_dist.models.hub_text import HubTextTower
 from audiotext_dist.models.mobilenet import MobileNetTower
 from audiotext_dist.models.passt import PasstTower
+from audiotext_dist.models.text import TextTower, TextTowerConfig
 from audiotext_dist.models.weights import load_published
 
+AnyTextTower = TextTower | HubTextTower
 AnyAudioTower = AudioTower | PasstTower | MobileNetTower | AtstTower
 
 
@@ -38,6 +41,19 @@ def build_audio_tower(config: AudioTowerConfig, sample_rate_hz: int) -> AnyAudio
             if config.pretrained is not None:
                 load_published(atst.transformer, "atst", config.pretrained, config.sha256)
             return atst
+
+
+def build_text_tower(config: TextTowerConfig) -> AnyTextTower:
+    """The text tower of ``config.kind``, on the CPU: ``tokenize`` gives what ``forward`` turns into [N, embed_dim].
+
+    Raises:
+        UserError: a model or tokenizer that is unknown or cannot be loaded.
+    """
+    match config.kind:
+        case "clip":
+            return TextTower(config)
+        case "transformers":
+            return HubTextTower(config.transformers, config.name, config.pretrained, frozen=config.frozen)
 
 
 def heard_seconds(config: AudioTowerConfig) -> float:
