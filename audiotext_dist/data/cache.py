@@ -72,7 +72,7 @@ class NodeCache:
             found = self._open_cached(path, num_bytes)
             return self._fetch(path, num_bytes, sha256, counts) if found is None else found
 
-    def fetch_ahead(self, path: str, *, num_bytes: int, sha256: str, counts: ReadCounts) -> bool:
+    def fetch_ahead(self, path: str, *, num_bytes: int, sha256: str | None, counts: ReadCounts) -> bool:
         """See that a remote file is there; False where another process is fetching it just now.
 
         Raises:

@@ -8,19 +8,22 @@ or fp16, of unit length:
     text            [captions, D]   every caption, row after row
     text_offsets    int64 [rows + 1]    row r has the captions from text_offsets[r] to before text_offsets[r + 1]
 
-The header says which encoder made it, of which shard, and which rows could not be embedded. All headers are read
-before a run starts, and a file of another encoder or another shard is refused. The rows are read one by one from
-the mapped file; a remote file is first copied to the node, like a shard.
+The header says which encoder made it, of which shard, and which rows could not be embedded. The headers of up to
+``NUM_CHECKED`` files of a set are read before a run starts, of a larger set those of as many shards drawn from all of
+it; the others when their shards are. A file of another encoder or another shard is refused. The rows are read one by
+one from the mapped file; a remote file is first copied to the node, like a shard.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import re
 import struct
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from audiotext_dist import storage
@@ -36,6 +39,8 @@ FEATURE_VERSION = 1
 METADATA_KEY = "features"
 OFFSETS = "text_offsets"
 HEADERS_READ_AT_ONCE = 16
+NUM_CHECKED = 1024
+_MAX_OPEN_HEADERS = 8 * NUM_CHECKED  # in one process, some kilobytes each
 _FIRST_BYTES = 1 << 14  # most headers are shorter
 
 
@@ -85,6 +90,51 @@ class FeatureFile:
                 f"{storage.public_name(self.path)} was made {found}: embed this set under another name, "
                 "or make these anew with launch/embed.py overwrite=true"
             )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ShardFeatures:
+    """A shard's place for features, opened when it is first asked for what is there.
+
+    encoders: by which it must have been made.
+    """
+
+    path: str
+    shard: Shard
+    encoders: dict[Modality, Encoder]
+    set_name: str
+    retry: RetryConfig | None
+
+    @property
+    def file(self) -> FeatureFile:
+        """The file that is there.
+
+        Raises:
+            UserError: none, or one that is damaged or stale.
+        """
+        return _opened(self)
+
+
+class _NoFileError(UserError):
+    """There are no features of a shard."""
+
+
+@lru_cache(maxsize=_MAX_OPEN_HEADERS)
+def _opened(features: ShardFeatures) -> FeatureFile:
+    try:
+        file = read_feature_file(features.path, features.retry)
+    except FileNotFoundError:
+        raise _NoFileError(_told_missing(features, "")) from None
+    file.check_belongs(features.shard, features.encoders)
+    return file
+
+
+def _told_missing(features: ShardFeatures, how_many: str) -> str:
+    name = features.path.removesuffix(FEATURE_SUFFIX).rpartition(".")[2]
+    return (
+        f"data set '{features.set_name}' has no '{name}' features{how_many} "
+        f"({storage.public_name(features.path)}): run launch/embed.py features={name} on it to the end"
+    )
 
 
 def check_feature_name(name: str, key: str) -> None:
@@ -159,24 +209,32 @@ def open_features(
     encoders: dict[Modality, Encoder],
     set_name: str,
     retry: RetryConfig | None = None,
-) -> list[FeatureFile]:
-    """The feature files of a set, one a shard, in the order of the shards, each checked against its shard.
+) -> list[ShardFeatures]:
+    """The feature files of a set, one a shard, in the order of the shards, so many of them checked.
 
     Args:
         encoders: by which they must have been made.
 
     Raises:
-        UserError: one is missing, damaged or stale.
+        UserError: one that was looked at is missing, damaged or stale.
     """
-    paths = [feature_path(shard, name, folder) for shard in shards]
-    found = find_feature_files(paths, retry)
-    absent = [path for path, file in zip(paths, found, strict=True) if file is None]
-    if absent:
-        raise UserError(
-            f"data set '{set_name}' has no '{name}' features for {len(absent)} of {len(paths)} shards "
-            f"({storage.public_name(absent[0])}): run launch/embed.py features={name} on it to the end"
+    features = [
+        ShardFeatures(
+            path=feature_path(shard, name, folder), shard=shard, encoders=encoders, set_name=set_name, retry=retry
         )
-    files = [file for file in found if file is not None]
-    for file, shard in zip(files, shards, strict=True):
-        file.check_belongs(shard, encoders)
-    return files
+        for shard in shards
+    ]
+    # Drawn, not every n-th: each rank of the job that makes them has every n-th shard.
+    chosen = features if len(features) <= NUM_CHECKED else random.Random(0).sample(features, NUM_CHECKED)
+    with ThreadPoolExecutor(HEADERS_READ_AT_ONCE) as threads:
+        absent = [each for each, is_there in zip(chosen, threads.map(_is_there, chosen), strict=True) if not is_there]
+    if absent:
+        raise UserError(_told_missing(absent[0], f" for {len(absent)} of {len(chosen)} shards"))
+    return features
+
+
+def _is_there(features: ShardFeatures) -> bool:
+    try:
+        return features.file is not None
+    except _NoFileError:
+        return False

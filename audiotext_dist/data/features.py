@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,8 +18,10 @@ from audiotext_dist.data.bad_samples import BadSampleError
 from audiotext_dist.data.cache import NodeCache
 from audiotext_dist.data.decode import Clip
 from audiotext_dist.data.encoders import Modality
-from audiotext_dist.data.feature_files import OFFSETS, FeatureFile, read_feature_file
+from audiotext_dist.data.feature_files import OFFSETS, FeatureFile, ShardFeatures, read_feature_file
 from audiotext_dist.data.plan import Slot
+from audiotext_dist.data.prefetch import RemoteFile
+from audiotext_dist.data.read_counts import ReadCounts
 from audiotext_dist.errors import UserError
 
 
@@ -26,7 +29,7 @@ class FeatureReader:
     """Reads rows of feature files; maps them lazily, so it may cross into worker processes.
 
     Args:
-        files: one a shard, in the order in which the shards are numbered.
+        features: one a shard, in the order in which the shards are numbered.
         modality: which of their tensors is read.
         cache: where remote files are held.
         max_open_files: least recently used files are closed above this number.
@@ -34,14 +37,15 @@ class FeatureReader:
 
     def __init__(
         self,
-        files: Sequence[FeatureFile],
+        features: Sequence[ShardFeatures],
         modality: Modality,
         cache: NodeCache | None = None,
         *,
         max_open_files: int = 128,
     ) -> None:
-        self._files, self._modality, self._max_open_files = files, modality, max_open_files
+        self._features, self._modality, self._max_open_files = features, modality, max_open_files
         self._cache = NodeCache() if cache is None else cache
+        self._counts = ReadCounts()
         self._tensors: OrderedDict[int, dict[str, Any]] = OrderedDict()
 
     def read(self, shard: int, row: int) -> NDArray[np.float32]:
@@ -51,7 +55,7 @@ class FeatureReader:
             BadSampleError: the row could not be embedded.
             UserError: the file is not the one that was there when the run began.
         """
-        reason = self._files[shard].header.missing.get(str(row))
+        reason = self._features[shard].file.header.missing.get(str(row))
         if reason is not None:
             raise BadSampleError(f"not embedded ({reason})", "not_embedded")
         tensors = self._open(shard)
@@ -61,20 +65,40 @@ class FeatureReader:
             found = tensors["text"][int(start) : int(stop)]
         else:
             found = tensors[self._modality][row]
+        self._counts.bytes_read += found.nbytes
         return found.astype(np.float32)
+
+    @property
+    def has_remote(self) -> bool:
+        """True where a file is read from the node's cache."""
+        return any(storage.is_remote(features.path) for features in self._features)
+
+    def remote_file(self, shard: int) -> RemoteFile | None:
+        """A shard's file, if it is read from the node's cache, and can be had: if not, ``read`` says why."""
+        if storage.is_remote(self._features[shard].path):
+            with contextlib.suppress(UserError):
+                file = self._features[shard].file
+                return RemoteFile(file.path, file.num_bytes, None)
+        return None
+
+    def take_counts(self) -> ReadCounts:
+        """What reading cost since the last call."""
+        taken, self._counts = self._counts, ReadCounts()
+        return taken
 
     def _open(self, shard: int) -> dict[str, Any]:
         if shard in self._tensors:
             self._tensors.move_to_end(shard)
             return self._tensors[shard]
-        descriptor = _descriptor(self._files[shard], self._cache)
+        file = self._features[shard].file
+        descriptor = _descriptor(file, self._cache, self._counts)
         names = [self._modality, OFFSETS] if self._modality == "text" else [self._modality]
         try:
             # The slices keep the file mapped, even where the cache removes it.
             opened = safe_open(f"/proc/self/fd/{descriptor}", framework="numpy")
             tensors = {name: opened.get_slice(name) for name in names}  # type: ignore[no-untyped-call]
         except (SafetensorError, OSError) as error:  # a file without this tensor, too
-            shown = storage.public_name(self._files[shard].path)
+            shown = storage.public_name(file.path)
             raise UserError(f"{shown} cannot be read ({error}): make it anew with launch/embed.py") from None
         finally:
             os.close(descriptor)
@@ -94,6 +118,28 @@ class Features:
 
     frames: FeatureReader | None = None
     captions: FeatureReader | None = None
+
+    @property
+    def readers(self) -> list[FeatureReader]:
+        """All of these."""
+        return [reader for reader in (self.frames, self.captions) if reader is not None]
+
+    @property
+    def has_remote(self) -> bool:
+        """True where a file is read from the node's cache."""
+        return any(reader.has_remote for reader in self.readers)
+
+    def remote_files(self, shard: int) -> Iterable[RemoteFile]:
+        """What is read with a shard from the node's cache, each file once."""
+        found = [reader.remote_file(shard) for reader in self.readers]
+        return dict.fromkeys(file for file in found if file is not None)
+
+    def take_counts(self) -> ReadCounts:
+        """What reading cost since the last call."""
+        counts = ReadCounts()
+        for reader in self.readers:
+            counts += reader.take_counts()
+        return counts
 
     def added_to(self, clip: Clip, slot: Slot) -> Clip:
         """The clip with the embeddings of every frame and every caption.
@@ -115,12 +161,12 @@ class Features:
         return clip
 
 
-def _descriptor(file: FeatureFile, cache: NodeCache) -> int:
+def _descriptor(file: FeatureFile, cache: NodeCache, counts: ReadCounts) -> int:
     """A descriptor of this content; what the node holds from before the file was made anew is fetched again."""
     shown = storage.public_name(file.path)
     for _ in range(2):
         try:
-            descriptor = cache.open(file.path, num_bytes=file.num_bytes)
+            descriptor = cache.open(file.path, num_bytes=file.num_bytes, counts=counts)
         except FileNotFoundError:
             raise UserError(f"{shown} is gone since the run began: make it anew with launch/embed.py") from None
         if read_feature_file(f"/proc/self/fd/{descriptor}").header == file.header:

@@ -60,7 +60,14 @@ class TrainingBatches(Dataset[Batch]):
         self.memory = BatchMemory(len(self._plan_of(0).batch(0, rank=world.rank, world_size=world.size)), decode)
         self._decode, self._seed, self._world, self._tokenize = decode, seed, world, tokenize
         ahead = partial(_shards_ahead, self._plan_of, world)
-        self._prefetcher = Prefetcher(cache, self._shards, ahead, max_bytes=cache.max_bytes // world.local_size)
+        self._prefetcher = Prefetcher(
+            cache,
+            self._shards,
+            ahead,
+            max_bytes=cache.max_bytes // world.local_size,
+            beside=features.remote_files,
+            has_remote=features.has_remote,
+        )
 
     def __getitem__(self, step: int) -> Batch:
         """The batch; every slot is filled.
@@ -78,6 +85,7 @@ class TrainingBatches(Dataset[Batch]):
         ]
         batch = collate(clips, arrays, bad_samples, self._tokenize)
         batch.counts = self._reader.take_counts()
+        batch.counts += self._features.take_counts()
         batch.counts += self._prefetcher.take_counts()
         return batch
 
@@ -134,7 +142,14 @@ class EvaluationBatches(Dataset[Batch]):
         slots = evaluation_slots([shard.num_samples for shard in shards], rank=world.rank, world_size=world.size)
         self._batches = [slots[start : start + batch_size] for start in range(0, len(slots), batch_size)]
         ahead = partial(each_in_turn, [[slot.shard for slot in batch] for batch in self._batches])
-        self._prefetcher = Prefetcher(cache, shards, ahead, max_bytes=cache.max_bytes // world.local_size)
+        self._prefetcher = Prefetcher(
+            cache,
+            shards,
+            ahead,
+            max_bytes=cache.max_bytes // world.local_size,
+            beside=features.remote_files,
+            has_remote=features.has_remote,
+        )
 
     def __len__(self) -> int:
         return len(self._batches)

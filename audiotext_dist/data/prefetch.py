@@ -1,4 +1,4 @@
-"""Remote shards fetched before they are read, along the plan, by one thread of each process that reads."""
+"""Remote files fetched before they are read, along the plan, by one thread of each process that reads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import contextlib
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 from audiotext_dist import storage
 from audiotext_dist.data.cache import NodeCache
@@ -17,25 +18,52 @@ from audiotext_dist.errors import UserError
 Upcoming = Callable[[int], Iterable[int]]
 
 
+class RemoteFile(NamedTuple):
+    """A file that is read from the node's cache."""
+
+    path: str
+    num_bytes: int
+    sha256: str | None
+
+
+Beside = Callable[[int], Iterable[RemoteFile]]
+
+
+def nothing(_: int) -> Iterable[RemoteFile]:
+    """``Beside`` where only shards are read."""
+    return ()
+
+
 def each_in_turn(shards_of_batches: Sequence[Sequence[int]], number: int) -> Iterable[int]:
     """The shards that stand in a list of batches from one of these on: ``Upcoming`` where no plan says it."""
     return itertools.chain.from_iterable(itertools.islice(shards_of_batches, number, None))
 
 
 class Prefetcher:
-    """Keeps the shards that come next in the node's cache; it may cross into worker processes.
+    """Keeps the files that come next in the node's cache; it may cross into worker processes.
 
     The workers of a rank each have one, at about the same place of the plan: they share the work, since what
     one is fetching the others pass over.
 
     Args:
-        upcoming: the shards that are needed from a step on, in order. It must not refer to who owns this prefetcher.
+        upcoming: the shards that are needed from a step on, in order. It must not refer to who owns this prefetcher,
+            nor must ``beside``: what else is read with a shard.
         max_bytes: how far it looks ahead; a share of the cache, so that no rank drives out what another needs.
     """
 
-    def __init__(self, cache: NodeCache, shards: Sequence[Shard], upcoming: Upcoming, *, max_bytes: int) -> None:
+    def __init__(
+        self,
+        cache: NodeCache,
+        shards: Sequence[Shard],
+        upcoming: Upcoming,
+        *,
+        max_bytes: int,
+        beside: Beside = nothing,
+        has_remote: bool = False,
+    ) -> None:
         self._cache, self._shards, self._upcoming, self._max_bytes = cache, shards, upcoming, max_bytes
-        self._has_remote = any(storage.is_remote(shard.path) for shard in shards)
+        self._beside = beside
+        self._has_remote = has_remote or any(storage.is_remote(shard.path) for shard in shards)
         self._thread: _Thread | None = None
         self._process = 0
 
@@ -45,7 +73,7 @@ class Prefetcher:
             return
         if self._process != os.getpid():  # threads do not come along into a forked worker
             self._process = os.getpid()
-            self._thread = _Thread(self._cache, self._shards, self._upcoming, self._max_bytes)
+            self._thread = _Thread(self._cache, self._shards, self._upcoming, self._max_bytes, self._beside)
             self._thread.start()
         assert self._thread is not None
         self._thread.advance(step)
@@ -71,15 +99,17 @@ class Prefetcher:
 class _Thread(threading.Thread):
     """Goes where it was last told to: newer steps stand in for those that it did not get to."""
 
-    def __init__(self, cache: NodeCache, shards: Sequence[Shard], upcoming: Upcoming, max_bytes: int) -> None:
+    def __init__(
+        self, cache: NodeCache, shards: Sequence[Shard], upcoming: Upcoming, max_bytes: int, beside: Beside
+    ) -> None:
         super().__init__(name="prefetch", daemon=True)
         self._cache, self._shards, self._upcoming, self._max_bytes = cache, shards, upcoming, max_bytes
-        self._remote_bytes = sum(shard.num_bytes for shard in shards if storage.is_remote(shard.path))
+        self._beside = beside
         self._changed = threading.Condition()
         self._step: int | None = None
         self._is_idle, self._is_over = True, False
         self._counts = ReadCounts()
-        self._wanted: dict[int, bool] = {}  # shard -> whether it needs no more care here
+        self._wanted: dict[RemoteFile, bool] = {}  # file -> whether it needs no more care here
 
     def advance(self, step: int) -> None:
         with self._changed:
@@ -122,35 +152,44 @@ class _Thread(threading.Thread):
         """Fetch what is missing, until there is a newer step to begin with."""
         wanted = self._within_budget(step)
         if wanted != list(self._wanted):
-            say(self._shards[shard].path for shard in wanted)
+            say(file.path for file in wanted)
         # What was driven out again is not fetched twice: where the cache is too small that would never end.
-        self._wanted = {shard: self._wanted.get(shard, False) for shard in wanted}
-        for shard, is_done in self._wanted.items():
+        self._wanted = {file: self._wanted.get(file, False) for file in wanted}
+        for file, is_done in self._wanted.items():
             if self._step is not None or self._is_over:
                 return
             if not is_done:
-                self._wanted[shard] = self._fetch(self._shards[shard])
+                self._wanted[file] = self._fetch(file)
 
-    def _within_budget(self, step: int) -> list[int]:
-        wanted: dict[int, None] = {}
+    def _within_budget(self, step: int) -> list[RemoteFile]:
+        wanted: list[RemoteFile] = []
+        seen: set[int] = set()
         num_bytes = 0
         for shard in self._upcoming(step):
-            if shard in wanted or not storage.is_remote(self._shards[shard].path):
+            if shard in seen:
                 continue
-            num_bytes += self._shards[shard].num_bytes
+            seen.add(shard)
+            files = list(self._files_of(shard))
+            num_bytes += sum(file.num_bytes for file in files)
             if num_bytes > self._max_bytes:
                 break
-            wanted[shard] = None
-            if num_bytes >= self._remote_bytes:  # the whole set: all that follow are repetitions
+            wanted += files
+            if len(seen) == len(self._shards):  # the whole set: all that follow are repetitions
                 break
-        return list(wanted)
+        return wanted
 
-    def _fetch(self, shard: Shard) -> bool:
+    def _files_of(self, number: int) -> Iterator[RemoteFile]:
+        shard = self._shards[number]
+        if storage.is_remote(shard.path):
+            yield RemoteFile(shard.path, shard.num_bytes, shard.sha256)
+        yield from self._beside(number)
+
+    def _fetch(self, file: RemoteFile) -> bool:
         counts = ReadCounts()
         try:
-            return self._cache.fetch_ahead(shard.path, num_bytes=shard.num_bytes, sha256=shard.sha256, counts=counts)
+            return self._cache.fetch_ahead(file.path, num_bytes=file.num_bytes, sha256=file.sha256, counts=counts)
         except UserError:
-            return True  # whoever reads this shard asks again, and tells
+            return True  # whoever reads this file asks again, and tells
         finally:
             with self._changed:
                 self._counts += counts

@@ -14,6 +14,7 @@ from audiotext_dist.data.decode import square_frame
 from audiotext_dist.data.feature_files import open_features, read_feature_file
 from audiotext_dist.data.features import FeatureReader
 from audiotext_dist.data.loader import EvaluationBatches, TrainingBatches
+from audiotext_dist.data.read_counts import ReadCounts
 from audiotext_dist.data.sample import ClipMetadata, frame_member
 from audiotext_dist.data.shard import load_shards
 from audiotext_dist.data.shard_reader import ShardReader
@@ -335,6 +336,51 @@ def test_remote_features_are_copied_to_the_node_and_anew_when_they_changed(
             local = reader_of(str(embedded_set), "image", f"seed{seed}", str(tmp_path / "local"))
             for shard in range(3):
                 np.testing.assert_array_equal(remote.read(shard, 5), local.read(shard, 5))
+
+
+def test_remote_features_are_fetched_ahead_like_shards(embedded_set, tmp_path, monkeypatch):
+    monkeypatch.setenv("AUDIOTEXT_CACHE_DIR", str(tmp_path / "cache"))
+    with server() as endpoint:
+        use(monkeypatch, endpoint)
+        fsspec.filesystem("s3").mkdir("ahead")
+        fsspec.filesystem("s3").put(f"{embedded_set}/*.safetensors", "ahead/set/")
+        words = [*PICTURES, "data.frame_features=own", "data.train.own.features=s3://ahead/set"]
+        batches = training_batches(prepared(str(embedded_set), tmp_path, *words))
+        first = batches[0].counts
+        batches._prefetcher.wait_until_idle()
+        later = ReadCounts()
+        for step in range(1, 4):
+            later += batches[step].counts
+    num_bytes = sum(path.stat().st_size for path in embedded_set.glob("*.safetensors"))
+    assert first.bytes_fetched + later.bytes_fetched == num_bytes
+    assert first.cache_misses + later.cache_misses == 3
+    assert later.prefetch_waits == 0
+    assert later.cache_hits > 0
+
+
+@pytest.mark.parametrize("change", [another_shard, a_missing_file, a_file_cut_short, a_file_of_something_else])
+def test_of_a_large_set_those_files_that_were_not_looked_at_are_refused_where_they_are_read(
+    embedded_set, tmp_path, monkeypatch, change
+):
+    folder = tmp_path / "set"
+    shutil.copytree(embedded_set, folder)
+    change(folder)
+    monkeypatch.setattr("audiotext_dist.data.feature_files.NUM_CHECKED", 1)
+    shards = load_shards(str(folder))
+    monkeypatch.setattr("random.Random.sample", lambda _, files, number: [files[change is another_shard]])
+    reader = FeatureReader(open_features(shards, "own", None, {}, "own"), "image")
+    with pytest.raises(UserError, match=r"launch/embed\.py") as raised:
+        [reader.read(shard, 0) for shard in range(3)]
+    assert "\n" not in str(raised.value)
+
+
+def test_a_sample_of_a_large_set_is_looked_at(embedded_set, tmp_path, monkeypatch):
+    shutil.copytree(embedded_set, tmp_path / "set")
+    for path in (tmp_path / "set").glob("*.own.safetensors"):
+        path.unlink()
+    monkeypatch.setattr("audiotext_dist.data.feature_files.NUM_CHECKED", 2)
+    with pytest.raises(UserError, match="has no 'own' features for 2 of 2 shards"):
+        open_features(load_shards(str(tmp_path / "set")), "own", None, {}, "own")
 
 
 def test_a_file_that_changes_during_a_run_is_noticed(embedded_set, tmp_path, run_embed):
