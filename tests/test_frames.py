@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from audiotext_dist.data.index import load_shards
 from audiotext_dist.data.loader import EvaluationBatches
+from audiotext_dist.data.shard import load_shards
 from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError
 from audiotext_dist.models.dual_encoder import unit_length
