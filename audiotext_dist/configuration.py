@@ -35,11 +35,36 @@ def parse(schema: type[Config], words: Sequence[str], yaml_file: str | None = No
     Raises:
         UserError: one line that names the key and the mend.
     """
+    return _build(_read(schema, words, yaml_file), schema)
+
+
+def parse_unresolved(schema: type[Any], words: Sequence[str], yaml_file: str) -> dict[str, Any]:
+    """As ``parse``, but plain mappings, in which every ``${name}`` stands as it was written.
+
+    Raises:
+        UserError: as ``parse``; a required key has no value.
+    """
+    config = _read(schema, words, yaml_file)
+    found = typing.cast(dict[str, Any], OmegaConf.to_container(config))
+    missing = _first_missing(found)
+    if missing is not None:
+        raise UserError(f"'{missing}' in {yaml_file} has no value: give {missing}=...")
+    return found
+
+
+def _first_missing(found: dict[str, Any], prefix: str = "") -> str | None:
+    for key, value in found.items():
+        deeper = _first_missing(value, f"{prefix}{key}.") if isinstance(value, dict) else None
+        if deeper is not None or value == MISSING:
+            return deeper or f"{prefix}{key}"
+    return None
+
+
+def _read(schema: type[Any], words: Sequence[str], yaml_file: str | None) -> Any:
     given = OmegaConf.create() if yaml_file is None else _read_with_bases(yaml_file)
     for word in words:
         _apply(given, word)
-    words_keys = [word.partition("=")[0] for word in words]
-    return _build(_merge(schema, given, words_keys, yaml_file), schema)
+    return _merge(schema, given, [word.partition("=")[0] for word in words], yaml_file)
 
 
 def to_yaml(config: Any) -> str:

@@ -1,0 +1,1 @@
+"""What reproduce.py is made of: the table file, its runner, its summary."""
