@@ -29,7 +29,7 @@ from audiotext_dist.models.mobilenet import MobileNetConfig
 from audiotext_dist.models.passt import PasstConfig
 from audiotext_dist.models.windows import Windows
 
-Kind = Literal["clip", "passt", "mobilenet", "atst"]
+Kind = Literal["clip", "passt", "mobilenet", "atst", "transformers"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +37,12 @@ class AudioTowerConfig:
     """The audio tower: CLIP's vision transformer over FBANK, or one of the other kinds, each with a group of its own.
 
     pretrained: for clip a tag of its model or a local weights file, for passt, mobilenet and atst a published name
-    (passt_s_p16_s16_128_ap468, mn10_as), a file or a URL; null is random. sha256: what that file must be. init: a run
+    (passt_s_p16_s16_128_ap468, mn10_as), a file or a URL, for transformers what name is, mostly the same; null is
+    random. sha256: what that file must be. init: a run
     folder or export whose own tower of this kind is loaded over that. frozen: no gradient, evaluation mode always.
     window_seconds, window_hop_seconds: a longer clip is the mean over such windows, of those that hold sound; null for
-    none, and for windows without overlap. Of clip alone: name: open_clip model. init_from_image: copy
+    none, and for windows without overlap. name: of clip an open_clip model; of transformers one on the hub or a local
+    folder (AST, CLAP, wav2vec 2.0), for sizes and feature extractor. Of clip alone: init_from_image: copy
     the model's image tower instead of reading ``name`` and ``pretrained``. stride_frames, stride_bins: of
     the patches, in FBANK frames and mel bins; the patch itself has the size of the CLIP model's.
     """

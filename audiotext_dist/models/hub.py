@@ -37,8 +37,8 @@ def hub_errors(key: str, name: str) -> Iterator[None]:
         ) from None
 
 
-def hub_config(key: str, name: str, dropout: float) -> PreTrainedConfig:
-    """A model's configuration, with this dropout wherever it has one.
+def hub_config(key: str, name: str, dropout: float | None) -> PreTrainedConfig:
+    """A model's configuration, with this dropout wherever it has one; None leaves it as it is.
 
     Raises:
         UserError: it cannot be loaded.
@@ -46,7 +46,7 @@ def hub_config(key: str, name: str, dropout: float) -> PreTrainedConfig:
     with hub_errors(key, name):
         config: PreTrainedConfig = AutoConfig.from_pretrained(name)
     for each in _DROPOUT_KEYS:
-        if hasattr(config, each):
+        if dropout is not None and hasattr(config, each):
             setattr(config, each, dropout)
     return config
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from audiotext_dist.errors import UserError
 from audiotext_dist.models.atst import AtstTower
 from audiotext_dist.models.audio import AudioTower, AudioTowerConfig, create_audio_tower
+from audiotext_dist.models.hub_audio import HubAudioTower
 from audiotext_dist.models.hub_text import HubTextTower
 from audiotext_dist.models.mobilenet import MobileNetTower
 from audiotext_dist.models.passt import PasstTower
@@ -12,7 +13,7 @@ from audiotext_dist.models.text import TextTower, TextTowerConfig
 from audiotext_dist.models.weights import load_published
 
 AnyTextTower = TextTower | HubTextTower
-AnyAudioTower = AudioTower | PasstTower | MobileNetTower | AtstTower
+AnyAudioTower = AudioTower | PasstTower | MobileNetTower | AtstTower | HubAudioTower
 
 
 def build_audio_tower(config: AudioTowerConfig, sample_rate_hz: int) -> AnyAudioTower:
@@ -41,6 +42,8 @@ def build_audio_tower(config: AudioTowerConfig, sample_rate_hz: int) -> AnyAudio
             if config.pretrained is not None:
                 load_published(atst.transformer, "atst", config.pretrained, config.sha256)
             return atst
+        case "transformers":
+            return HubAudioTower(config.name, config.pretrained, sample_rate_hz)
 
 
 def build_text_tower(config: TextTowerConfig) -> AnyTextTower:
@@ -64,7 +67,7 @@ def heard_seconds(config: AudioTowerConfig) -> float:
             return fbank.num_fbank_frames * fbank.frame_shift_ms / 1000 + fbank.frame_length_ms / 1000
         case "passt":
             return config.passt.max_seconds
-        case "mobilenet":
+        case "mobilenet" | "transformers":  # the latter says itself where that is too much
             return float("inf")
         case "atst":
             return config.atst.max_seconds
