@@ -68,7 +68,6 @@ FRAMES = [*ENOUGH, "task=audio-image"]
         ([*ENOUGH, "training.micro_batch_size=0"], r"training.micro_batch_size=0 must be above 0"),
         ([*ENOUGH, "training.precision=fp8"], r"wrong value for 'training.precision'.*bf16"),
         ([*ENOUGH, "engine.zero_stage=3"], r"engine.zero_stage=3 is not supported, .*: choose 2"),
-        ([*ENOUGH, "optim.name=lars", "engine.zero_stage=1"], r"optim.name=lars cannot run with engine.zero_stage=1"),
         ([*ENOUGH, "data.train.own.weight=0"], r"data set 'own' has weight 0"),
         ([*ENOUGH, "--epochs"], r"cannot read '--epochs': options are written key=value"),
         ([*ENOUGH, "data.train=[1,"], r"cannot read the value of 'data.train=\[1,'"),

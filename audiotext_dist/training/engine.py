@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from audiotext_dist.distributed import World
+from audiotext_dist.training.lars import LARS
 from audiotext_dist.training.loss_scale import LossScale
-from audiotext_dist.training.optimizer_state import OptimizerState
+from audiotext_dist.training.optimizer_state import OptimizerState, note_fragments
 
 # Without this DeepSpeed warns of a machine without accelerators, once a process.
 if not torch.cuda.is_available():
@@ -98,6 +99,8 @@ class Engine:
         self.num_micro_batches = int(config["gradient_accumulation_steps"])
         self.loss_scale = loss_scale
         self._zero_stage = int(config["zero_optimization"]["stage"])
+        if isinstance(optimizer, LARS) and self._zero_stage:
+            note_fragments(optimizer, self._optimizer)
         self._state = OptimizerState(model, self._optimizer, zero_stage=self._zero_stage)
 
     @property

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from audiotext_dist.errors import UserError, require_positive
+from audiotext_dist.training.lars import LARS
 
 # LARS rates are stated for this batch (You et al. 2017; Temporal agreement, Table I).
 LARS_REFERENCE_BATCH = 256
@@ -58,59 +58,6 @@ class OptimConfig:
             )
         if not 0 <= self.final_lr_share <= 1:
             raise UserError(f"optim.final_lr_share={self.final_lr_share} must lie in [0, 1]")
-
-
-class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling (You, Gitman, Ginsburg 2017), with momentum.
-
-    Weight decay and the trust ratio apply to parameters with two or more dimensions only.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        *,
-        lr: float,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-        trust_coefficient: float = 0.001,
-    ) -> None:
-        super().__init__(
-            params,
-            {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust_coefficient": trust_coefficient},
-        )
-
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update of every parameter that has a gradient."""
-        loss = closure() if closure is not None else None
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                update = parameter.grad
-                if parameter.ndim >= 2:
-                    update = update.add(parameter, alpha=group["weight_decay"])
-                    update = update * _trust_ratio(parameter, update, group["trust_coefficient"])
-                state = self.state[parameter]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
-                velocity = state["momentum_buffer"].mul_(group["momentum"]).add_(update)
-                parameter.add_(velocity, alpha=-group["lr"])
-        return loss
-
-
-def _trust_ratio(parameter: torch.Tensor, update: torch.Tensor, coefficient: float) -> torch.Tensor:
-    """coefficient * |parameter| / |update|, or 1 where either norm is zero."""
-    parameter_norm, update_norm = parameter.norm(), update.norm()
-    ratio = coefficient * parameter_norm / update_norm
-    return torch.where((parameter_norm > 0) & (update_norm > 0), ratio, torch.ones_like(ratio))
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, *, global_batch_size: int) -> torch.optim.Optimizer:

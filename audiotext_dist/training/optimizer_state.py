@@ -10,6 +10,7 @@ from torch import nn
 
 from audiotext_dist.distributed import is_parallel
 from audiotext_dist.errors import UserError
+from audiotext_dist.training.lars import LARS, Fragment
 
 
 class OptimizerState:
@@ -104,6 +105,16 @@ class OptimizerState:
             if (own := _own_part(parameter)) is not None:
                 in_parameter, in_flat = own
                 state[key][in_flat] = whole.flatten()[in_parameter].to(updated.device)
+
+
+def note_fragments(lars: LARS, zero: Any) -> None:
+    """Tell LARS which parameters ZeRO's flat partitions on this rank are made of."""
+    for parameters, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+        own = [_own_part(parameter) for parameter in parameters]
+        places = [slice(0, 0) if part is None else part[1] for part in own]
+        lars.note_fragments(
+            flat, [Fragment(place, parameter.ndim) for place, parameter in zip(places, parameters, strict=True)]
+        )
 
 
 def _own_part(parameter: nn.Parameter) -> tuple[slice, slice] | None:

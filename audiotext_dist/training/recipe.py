@@ -112,11 +112,6 @@ class Recipe:
         if not self.data.train:
             raise UserError("no training data: give data.train.NAME.shards=FOLDER")
         self._check_features()
-        if self.optim.name == "lars" and self.engine.zero_stage > 0:
-            raise UserError(
-                f"optim.name=lars cannot run with engine.zero_stage={self.engine.zero_stage}, whose flat tensors "
-                "hide each parameter's norm: set engine.zero_stage=0, or optim.name=adamw"
-            )
         self._check_loss()
         self._check_frame_match()
         if "audio" in self.task:
