@@ -70,7 +70,7 @@ def test_activations_can_be_computed_again(folder: str) -> None:
     tower = HubAudioTower(folder, None, 16000)
     assert tower.grad_checkpointing is False
     if "clap" in Path(folder).name:
-        with pytest.raises(UserError, match="set engine.activation_checkpointing=false"):
+        with pytest.raises(UserError, match=r"set engine.activation_checkpointing=false"):
             tower.grad_checkpointing = True
         return
     tower.grad_checkpointing = True

@@ -1,0 +1,128 @@
+"""Every kind of tower goes through a run: trained, saved, exported, loaded; the same embeddings in the end."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from audiotext_dist.data.encoders import encoder_of
+from audiotext_dist.distributed import World
+from audiotext_dist.errors import UserError
+from audiotext_dist.models.dual_encoder import build_model
+from audiotext_dist.training import loop
+from audiotext_dist.training.checkpoint import load_model, read_weights
+from audiotext_dist.training.prepare import prepare
+from audiotext_dist.training.recipe import read_recipe, read_run_recipe
+from launch import export
+from tests.clips import SAMPLE_RATE_HZ
+from tests.models.formula import sound
+from tests.models.hub_models import save_audio_model, save_text_model
+from tests.training.runs import SMALL, write_training_set
+
+TINY_VIT = "{width: 24, depth: 2, num_heads: 3"
+KINDS = {
+    "passt": [f"model.audio.passt={TINY_VIT}, patchout_time: 1}}", "model.audio.window_seconds=0.5"],
+    "mobilenet": ["model.audio.mobilenet={width_factor: 0.1}", "model.audio.window_seconds=0.5"],
+    "atst": [f"model.audio.atst={TINY_VIT}}}"],
+    "transformers": ["model.audio.name=AUDIO", "model.audio.pretrained=AUDIO"],
+}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return write_training_set(tmp_path_factory.mktemp("shards") / "set")
+
+
+@pytest.fixture
+def words_of(shards, tmp_path, monkeypatch):
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_SIZE": 1, "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    folders = {kind: save_audio_model(tmp_path / kind, kind) for kind in ("ast",)}
+    text = save_text_model(tmp_path / "roberta", "roberta")
+
+    def words(kind: str, run: str = "run") -> list[str]:
+        own = [word.replace("AUDIO", folders["ast"]) for word in KINDS[kind]]
+        return [
+            *SMALL,
+            f"run_dir={tmp_path / run}",
+            f"data.train.own.shards={shards}",
+            f"model.audio.kind={kind}",
+            *own,
+            "model.text.kind=transformers",
+            f"model.text.name={text}",
+            f"model.text.pretrained={text}",
+            "model.projection_dim=8",
+            "training.max_steps=2",
+            "training.micro_batch_size=6",
+        ]
+
+    return words
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_with_these_towers_is_exported_and_loaded(words_of, kind, tmp_path, monkeypatch):
+    words = [*words_of(kind), f"engine.activation_checkpointing={str(kind != 'mobilenet').lower()}"]
+    prepared = prepare(read_recipe(words), World.from_environment())
+    before = {name: tensor.clone() for name, tensor in prepared.model.state_dict().items()}
+    loop.train(prepared)
+    after = prepared.model.state_dict()
+    for part in ("audio.projection.weight", "text.projection.weight", "text.encoder.embeddings.word_embeddings.weight"):
+        assert not torch.equal(after[part], before[part]), part
+    assert sum(not torch.equal(after[name], before[name]) for name in after if name.startswith("audio.")) > 20
+
+    monkeypatch.setattr(sys, "argv", ["export", f"run={tmp_path / 'run'}", f"out={tmp_path / 'export'}"])
+    export.main()
+    recipe = read_run_recipe(tmp_path / "export")
+    loaded = build_model(recipe.model.without_weights(), recipe.task, recipe.data.sample_rate_hz)
+    load_model(loaded, str(tmp_path / "export"))
+    clips_NS, lengths_N = sound(1.0, SAMPLE_RATE_HZ), torch.tensor([SAMPLE_RATE_HZ, 9000])
+    with torch.no_grad():
+        for model in (prepared.model.eval(), loaded.eval()):
+            assert model.embed_audio(clips_NS, lengths_N).shape == (2, 8)
+        torch.testing.assert_close(
+            loaded.embed_audio(clips_NS, lengths_N), prepared.model.embed_audio(clips_NS, lengths_N)
+        )
+        tokens_NC = loaded.text.tokenize(["A dog barks!", "rain"])
+        torch.testing.assert_close(loaded.embed_text(tokens_NC), prepared.model.embed_text(tokens_NC))
+    for modality in ("audio", "text"):
+        one, other = (encoder_of(model, recipe.model, recipe.data, modality) for model in (loaded, prepared.model))
+        assert one == other
+    assert read_weights(str(tmp_path / "export")).keys() == after.keys()
+
+
+def test_a_frozen_audio_tower_says_the_same_always_and_its_projection_learns(words_of):
+    words = [*words_of("passt"), "model.audio.frozen=true", "optim.lr_scales={text: 0.0}"]
+    prepared = prepare(read_recipe(words), World.from_environment())
+    model, clips = prepared.model.train(), sound(1.0, SAMPLE_RATE_HZ)
+    lengths_N, uniforms_N4 = torch.tensor([SAMPLE_RATE_HZ] * 2), torch.rand(2, 4)
+    assert torch.equal(model.embed_audio(clips, lengths_N, uniforms_N4), model.embed_audio(clips, lengths_N))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    loop.train(prepared)
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == {"audio.projection.weight", "audio.projection.bias", "logit_scale"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            ["model.audio.window_seconds=null", "data.clip_seconds=30"],
+            r"clip_seconds=30 is more than the 10.1 s .*window",
+        ),
+        (["model.audio.window_seconds=11"], r"window_seconds=11 is more than the 10.1 s"),
+        (["model.audio.window_hop_seconds=0.6"], r"window_hop_seconds=0.6 is more than model.audio.window_seconds=0.5"),
+        (["model.audio.passt.patchout_time=3"], r"patchout_time=3 leaves nothing of the 3 columns of 0.5 s"),
+        (["model.audio.init_from_image=true"], r"kind=passt has no init_from_image"),
+        (
+            ["model.text.frozen=true", "data.caption_features=clip"],
+            r"data.caption_features=clip .*model.projection_dim=null",
+        ),
+        (["model.projection_dim=0"], r"model.projection_dim=0"),
+    ],
+)
+def test_impossible_combinations_are_refused_before_anything_is_loaded(words_of, changes, message):
+    with pytest.raises(UserError, match=message):
+        read_recipe([*words_of("passt"), *changes])
