@@ -17,7 +17,8 @@ from audiotext_dist.evaluation.retrieval import check_relevance, evaluate_set
 from audiotext_dist.models.dual_encoder import DualEncoder, build_model
 from audiotext_dist.training.checkpoint import load_model
 from audiotext_dist.training.engine import start_process_group, stop_process_group
-from audiotext_dist.training.prepare import build_towers, features_of, needs_pictures, replaced_encoders
+from audiotext_dist.training.features import features_of, needs_pictures, replaced_encoders
+from audiotext_dist.training.prepare import build_towers
 from audiotext_dist.training.recipe import Recipe, read_run_recipe
 
 HELP = """Evaluate a run's newest checkpoint, or any exported weights, on its validation sets or others.

@@ -16,6 +16,7 @@ from audiotext_dist.data.batch_memory import BatchArrays
 from audiotext_dist.data.decode import Clip
 from audiotext_dist.data.read_counts import ReadCounts
 from audiotext_dist.data.sample import ClipMetadata
+from audiotext_dist.losses.targets import join_teachers
 
 Tokenize = Callable[[list[str]], torch.Tensor]
 SMALL_TENSOR_BYTES = 1 << 16
@@ -30,7 +31,8 @@ class Batch:
     float32, tokens_BC int64 or None without a text tower; the rest are plain lists of length B, but for counts, which
     say what the process that made the batch has read since the one before. Where features are read,
     frame_embeddings_BLD float32 has every frame of a clip, and caption_embeddings_ND that of its drawn caption, at
-    evaluation of all its captions, clip after clip.
+    evaluation of all its captions, clip after clip. Where there are teachers, teacher_audio_BE and teacher_captions_BE
+    float32 are theirs of the clip and of its drawn caption, joined (``losses.targets.join_teachers``).
     """
 
     keys: list[str]
@@ -47,6 +49,8 @@ class Batch:
     counts: ReadCounts = field(default_factory=ReadCounts)
     frame_embeddings_BLD: torch.Tensor | None = None
     caption_embeddings_ND: torch.Tensor | None = None
+    teacher_audio_BE: torch.Tensor | None = None
+    teacher_captions_BE: torch.Tensor | None = None
 
     @property
     def frame_embeddings_BD(self) -> torch.Tensor | None:
@@ -95,6 +99,7 @@ def collate(
     """The clips that were decoded into these arrays; the caption of each is the one that was drawn for it."""
     waveform_BS, frames_BLHWC = (torch.from_numpy(array) for array in arrays.first(len(clips)))
     captions = [clip.metadata.text[clip.caption_number] if clip.metadata.text else "" for clip in clips]
+    by_teacher = list(zip(*(clip.teachers for clip in clips), strict=True))
     return Batch(
         keys=[clip.key for clip in clips],
         metadata=[clip.metadata for clip in clips],
@@ -109,6 +114,8 @@ def collate(
         bad_samples=bad_samples,
         frame_embeddings_BLD=_joined(np.stack, [clip.frame_embeddings for clip in clips]),
         caption_embeddings_ND=_joined(np.concatenate, [clip.caption_embeddings for clip in clips]),
+        teacher_audio_BE=_joined_teachers([[rows.audio_1E for rows in teacher] for teacher in by_teacher]),
+        teacher_captions_BE=_joined_teachers([[rows.captions_CE for rows in teacher] for teacher in by_teacher]),
     )
 
 
@@ -121,3 +128,8 @@ def _joined(
 ) -> torch.Tensor | None:
     found = [part for part in parts if part is not None]
     return torch.from_numpy(join(found)) if found else None
+
+
+def _joined_teachers(by_teacher: Sequence[Sequence[NDArray[np.float32]]]) -> torch.Tensor | None:
+    """One side's embeddings by each teacher, a row [1, E] a clip -> [B, sum of E]."""
+    return join_teachers([torch.from_numpy(np.concatenate(rows)) for rows in by_teacher]) if by_teacher else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -75,6 +75,13 @@ class ClipArrays(NamedTuple):
         )
 
 
+class TeacherRows(NamedTuple):
+    """What one teacher says of a clip: audio_1E float32 [1, E], captions_CE float32 [captions, E]."""
+
+    audio_1E: NDArray[np.float32]
+    captions_CE: NDArray[np.float32]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Clip:
     """One decoded clip.
@@ -84,7 +91,7 @@ class Clip:
     lone_frame: the one that stands for the clip where one does, random in training, the middle one at evaluation.
     mask_uniforms: float32 [4] in [0, 1), where SpecAugment's masks lie. caption_number: which of metadata.text
     was drawn, -1 without captions. frame_embeddings: float32 [num_frames, D] of every frame, caption_embeddings:
-    float32 [captions, D], where a run reads features.
+    float32 [captions, D], where a run reads features. teachers: what each of a run's teachers says of it.
     """
 
     key: str
@@ -98,6 +105,18 @@ class Clip:
     caption_number: int
     frame_embeddings: NDArray[np.float32] | None = None
     caption_embeddings: NDArray[np.float32] | None = None
+    teachers: tuple[TeacherRows, ...] = ()
+
+    def with_drawn_caption(self) -> Clip:
+        """Of the embeddings of its captions only the drawn one's."""
+        drawn, known = [self.caption_number], self.caption_embeddings
+        if known is None and not self.teachers:
+            return self
+        return replace(
+            self,
+            caption_embeddings=None if known is None else known[drawn],
+            teachers=tuple(TeacherRows(each.audio_1E, each.captions_CE[drawn]) for each in self.teachers),
+        )
 
 
 def clip_uniforms(seed: int, epoch: int, copy: int, dataset: str, key: str) -> NDArray[np.float64]:
@@ -133,6 +152,9 @@ def decode_clip(
     metadata = decode_metadata(reader.read(shard, row, METADATA_MEMBER), key)
     uniforms = clip_uniforms(seed, epoch, slot.copy, metadata.dataset, key)
     crop_uniform, frame_uniform, caption_uniform = uniforms[:3].tolist()
+    if slot.copy:
+        # The copies of a clip begin at one caption and go on with the next: weight 5 shows each of five once.
+        caption_uniform = clip_uniforms(seed, epoch, 0, metadata.dataset, key)[2]
     num_valid_samples = 0
     if config.audio:
         flac = reader.read(shard, row, AUDIO_MEMBER)
@@ -150,8 +172,12 @@ def decode_clip(
         frame_numbers=frame_numbers,
         lone_frame=lone_frame(config, frame_uniform),
         mask_uniforms=uniforms[3:].astype(np.float32),
-        caption_number=int(caption_uniform * len(metadata.text)) if metadata.text else -1,
+        caption_number=_drawn_caption(caption_uniform, slot.copy, len(metadata.text)),
     )
+
+
+def _drawn_caption(uniform: float, copy: int, num_captions: int) -> int:
+    return (int(uniform * num_captions) + copy) % num_captions if num_captions else -1
 
 
 def chosen_frames(config: DecodeConfig, frame_uniform: float) -> list[int]:

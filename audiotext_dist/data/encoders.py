@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -47,31 +48,52 @@ def encoder_of(model: DualEncoder, config: ModelConfig, data: DataConfig, modali
     """The identity of one tower of a model that was built from ``config``, with its weights as they are now."""
     tower = getattr(model, modality)
     assert isinstance(tower, nn.Module), f"the model has no {modality} tower"
+    preparation: dict[str, Any] = {}
+    if model.image is not None and modality == "image":
+        transform = model.image.transform
+        preparation = {"num_frames": data.num_frames, "pixels": transform.size}
+        preparation |= {"mean": transform.mean_3.tolist(), "std": transform.std_3.tolist()}
+    return _encoder(config, data, modality, tower.state_dict(), preparation)
+
+
+def teacher_encoders(
+    weights: Mapping[str, torch.Tensor], config: ModelConfig, data: DataConfig
+) -> dict[Modality, Encoder]:
+    """The identity of the audio and the text tower of a whole model's weights, without building it."""
+    modalities: tuple[Modality, ...] = ("audio", "text")
+    found = {}
+    for modality in modalities:
+        prefix = f"{modality}."
+        state = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        found[modality] = _encoder(config, data, modality, state, {})
+    return found
+
+
+def _encoder(
+    config: ModelConfig,
+    data: DataConfig,
+    modality: Modality,
+    state: Mapping[str, torch.Tensor],
+    preparation: dict[str, Any],
+) -> Encoder:
     settings = asdict(getattr(config.without_weights(), modality))
     name = settings.pop("name")
-    preprocessing = {key: value for key, value in settings.items() if key not in _ORIGIN_KEYS}
-    match modality:
-        case "audio":
-            preprocessing |= {"sample_rate_hz": data.sample_rate_hz, "clip_seconds": data.clip_seconds}
-        case "image":
-            assert model.image is not None
-            transform = model.image.transform
-            preprocessing |= {"num_frames": data.num_frames, "pixels": transform.size}
-            preprocessing |= {"mean": transform.mean_3.tolist(), "std": transform.std_3.tolist()}
-        case "text":
-            pass  # the tokenizer belongs to the model's name
+    preprocessing = {key: value for key, value in settings.items() if key not in _ORIGIN_KEYS} | preparation
+    if modality == "audio":
+        preprocessing |= {"sample_rate_hz": data.sample_rate_hz, "clip_seconds": data.clip_seconds}
+    # Of a text tower the tokenizer belongs to the model's name.
     return Encoder(
         model=name,
-        weights_sha256=weights_sha256(tower),
+        weights_sha256=_sha256_of(state),
         # As it is read back: a tuple becomes a list.
         preprocessing=json.loads(json.dumps(preprocessing)),
     )
 
 
-def weights_sha256(module: nn.Module) -> str:
+def _sha256_of(state: Mapping[str, torch.Tensor]) -> str:
     """Hex SHA-256 of the names, types, shapes and values of a module's state, wherever it lies."""
     sha256 = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(state.items()):
         sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        sha256.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        sha256.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return sha256.hexdigest()

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from audiotext_dist import storage
 from audiotext_dist.data.bad_samples import BadSampleError
 from audiotext_dist.data.cache import NodeCache
-from audiotext_dist.data.decode import Clip
+from audiotext_dist.data.decode import Clip, TeacherRows
 from audiotext_dist.data.encoders import Modality
 from audiotext_dist.data.feature_files import OFFSETS, FeatureFile, ShardFeatures, read_feature_file
 from audiotext_dist.data.plan import Slot
@@ -113,11 +113,20 @@ class FeatureReader:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """What one model of stage 1 says of every clip and every caption."""
+
+    audio: FeatureReader
+    captions: FeatureReader
+
+
+@dataclass(frozen=True, kw_only=True)
 class Features:
-    """What a run reads instead of pictures and captions; None: its towers embed them."""
+    """What a run reads instead of pictures and captions, None: its towers embed them; and what its teachers say."""
 
     frames: FeatureReader | None = None
     captions: FeatureReader | None = None
+    teachers: tuple[Teacher, ...] = ()
 
     @property
     def readers(self) -> list[FeatureReader]:
@@ -142,7 +151,7 @@ class Features:
         return counts
 
     def added_to(self, clip: Clip, slot: Slot) -> Clip:
-        """The clip with the embeddings of every frame and every caption.
+        """The clip with the embeddings of every frame and every caption, by the frozen towers and by the teachers.
 
         Raises:
             BadSampleError: the clip could not be embedded.
@@ -151,14 +160,22 @@ class Features:
         if self.frames is not None:
             clip = replace(clip, frame_embeddings=self.frames.read(slot.shard, slot.row))
         if self.captions is not None:
-            caption_embeddings = self.captions.read(slot.shard, slot.row)
-            if len(caption_embeddings) != len(clip.metadata.text):
-                raise UserError(
-                    f"clip {clip.key} has {len(clip.metadata.text)} captions and {len(caption_embeddings)} caption "
-                    "embeddings: its shard was changed under its index, build or copy it again"
-                )
-            clip = replace(clip, caption_embeddings=caption_embeddings)
-        return clip
+            clip = replace(clip, caption_embeddings=_captions_of(clip, slot, self.captions))
+        teachers = tuple(
+            TeacherRows(each.audio.read(slot.shard, slot.row), _captions_of(clip, slot, each.captions))
+            for each in self.teachers
+        )
+        return replace(clip, teachers=teachers) if teachers else clip
+
+
+def _captions_of(clip: Clip, slot: Slot, reader: FeatureReader) -> NDArray[np.float32]:
+    embeddings_CD = reader.read(slot.shard, slot.row)
+    if len(embeddings_CD) != len(clip.metadata.text):
+        raise UserError(
+            f"clip {clip.key} has {len(clip.metadata.text)} captions and {len(embeddings_CD)} caption embeddings: "
+            "its shard was changed under its index, build or copy it again"
+        )
+    return embeddings_CD
 
 
 def _descriptor(file: FeatureFile, cache: NodeCache, counts: ReadCounts) -> int:

@@ -7,7 +7,6 @@ plan's next one and reported. ``workers.iterate`` runs that over all steps that 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 
@@ -105,10 +104,7 @@ class TrainingBatches(Dataset[Batch]):
                 needs_caption = self._tokenize is not None or self._features.captions is not None
                 if needs_caption and clip.caption_number < 0:
                     raise BadSampleError("it has no caption", "no_caption")
-                clip = self._features.added_to(clip, slot)
-                if clip.caption_embeddings is None:
-                    return clip
-                return dataclasses.replace(clip, caption_embeddings=clip.caption_embeddings[[clip.caption_number]])
+                return self._features.added_to(clip, slot).with_drawn_caption()
             except BadSampleError as error:
                 bad_samples.append(BadSample(storage.public_name(shard.path), key, error.kind, str(error)))
             # The same place of the next batch, be it the next epoch's: of its own lane, so that the number of

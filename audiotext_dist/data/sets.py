@@ -52,7 +52,9 @@ class DataConfig:
     """Which clips are read, and how.
 
     frame_features, caption_features: NAME of what launch/embed.py features=NAME wrote; the frozen image or text tower
-    then says nothing itself, and no JPEG is opened. cache_dir, cache_bytes: where a node holds remote shards, and how
+    then says nothing itself, and no JPEG is opened. teachers: by NAME of such features of both towers, the run folder,
+    checkpoint or export that made them, against which they are checked; null takes whichever made them all. For
+    loss.teacher_weight. cache_dir, cache_bytes: where a node holds remote shards, and how
     much of them. fetch_retries, fetch_stall_seconds: attempts after the first at what a server refuses, and how long
     one may send nothing.
     """
@@ -64,6 +66,7 @@ class DataConfig:
     num_frames: int = 4
     frame_features: str | None = None
     caption_features: str | None = None
+    teachers: dict[str, str | None] = field(default_factory=dict)
     num_lanes: int | None = None  # default: the most up to 64 that the batch divides into
     window_shards: int = 4
     num_workers: int = 2  # DataLoader workers a rank

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,10 @@ from typing import Any
 import torch
 
 from audiotext_dist.data.batch import Batch
-from audiotext_dist.data.encoders import Encoder, Modality, encoder_of
-from audiotext_dist.data.feature_files import open_features
-from audiotext_dist.data.features import FeatureReader, Features
+from audiotext_dist.data.features import Features
 from audiotext_dist.data.loader import TrainingBatches
 from audiotext_dist.data.plan import Plan
-from audiotext_dist.data.sets import SetConfig, make_plan, open_sets, warn_of_small_cache
+from audiotext_dist.data.sets import make_plan, open_sets, warn_of_small_cache
 from audiotext_dist.data.shard import Shard
 from audiotext_dist.data.workers import iterate
 from audiotext_dist.distributed import World
@@ -30,6 +28,7 @@ from audiotext_dist.models.dual_encoder import DualEncoder, build_model
 from audiotext_dist.training import checkpoint
 from audiotext_dist.training.checkpoint import Progress
 from audiotext_dist.training.engine_config import deepspeed_config
+from audiotext_dist.training.features import features_of, needs_pictures, replaced_encoders
 from audiotext_dist.training.recipe import Recipe
 from audiotext_dist.training.upload import remote_names
 
@@ -154,7 +153,7 @@ def prepare(recipe: Recipe, world: World) -> Prepared:
         model=model,
         train_sets=train_sets,
         validation_sets=dict(zip(recipe.data.validation, validation_sets, strict=True)),
-        train_features=features_of(recipe, encoders, recipe.data.train, train_sets),
+        train_features=features_of(recipe, encoders, recipe.data.train, train_sets, teachers=recipe.data.teachers),
         validation_features={
             name: features_of(recipe, encoders, {name: chosen}, [shards])
             for (name, chosen), shards in zip(recipe.data.validation.items(), validation_sets, strict=True)
@@ -185,52 +184,6 @@ def _checkpoint_activations(model: DualEncoder) -> None:
         raise UserError("engine.activation_checkpointing=true has no effect on these towers: leave it out")
     for stack in stacks:
         stack.grad_checkpointing = True  # type: ignore[assignment]
-
-
-def needs_pictures(recipe: Recipe) -> bool:
-    """True where the run decodes frames itself."""
-    return "image" in recipe.task and recipe.data.frame_features is None
-
-
-def replaced_encoders(recipe: Recipe, model: DualEncoder) -> dict[Modality, Encoder]:
-    """The towers that features speak for in this recipe."""
-    names: dict[Modality, str | None] = {"image": recipe.data.frame_features, "text": recipe.data.caption_features}
-    return {
-        modality: encoder_of(model, recipe.model, recipe.data, modality)
-        for modality, name in names.items()
-        if name is not None
-    }
-
-
-def features_of(
-    recipe: Recipe,
-    encoders: dict[Modality, Encoder],
-    sets: dict[str, SetConfig],
-    opened: Sequence[Sequence[Shard]],
-) -> Features:
-    """The features that the recipe names, of some sets together, made by these encoders.
-
-    Raises:
-        UserError: a file is missing, damaged or stale.
-    """
-
-    cache = recipe.data.node_cache()
-
-    def reader(name: str | None, modality: Modality) -> FeatureReader | None:
-        if name is None:
-            return None
-        files = [
-            file
-            for (set_name, chosen), shards in zip(sets.items(), opened, strict=True)
-            for file in open_features(
-                shards, name, chosen.features, {modality: encoders[modality]}, set_name, cache.retry
-            )
-        ]
-        return FeatureReader(files, modality, cache)
-
-    return Features(
-        frames=reader(recipe.data.frame_features, "image"), captions=reader(recipe.data.caption_features, "text")
-    )
 
 
 def build_towers(recipe: Recipe) -> DualEncoder:

@@ -16,6 +16,7 @@ import torch
 
 from audiotext_dist import configuration
 from audiotext_dist.data.decode import FrameChoice
+from audiotext_dist.data.feature_files import check_feature_name
 from audiotext_dist.data.sets import DataConfig
 from audiotext_dist.errors import UserError, require_positive
 from audiotext_dist.evaluation.retrieval import EvaluatedFrame
@@ -132,11 +133,22 @@ class Recipe:
                 f"model.init_logit_bias={self.model.init_logit_bias:g} changes no softmax: set it to null, or "
                 "loss.name=sigmoid"
             )
-        if self.loss.teacher_weight:
+        self._check_teachers()
+
+    def _check_teachers(self) -> None:
+        if self.loss.teacher_weight and not self.data.teachers:
             raise UserError(
-                f"loss.teacher_weight={self.loss.teacher_weight} needs the teachers' embeddings, which no key of the "
-                "data gives yet: set it to 0"
+                f"loss.teacher_weight={self.loss.teacher_weight:g} needs teachers: embed the training sets with "
+                "launch/embed.py run=RUN features=NAME, and give data.teachers.NAME=RUN"
             )
+        if self.data.teachers and not self.loss.teacher_weight:
+            raise UserError(
+                "data.teachers says nothing with loss.teacher_weight=0: raise that, or set data.teachers={}"
+            )
+        if self.data.teachers and self.task != "audio-text":
+            raise UserError(f"data.teachers are of audio and captions, not of task={self.task}: set data.teachers={{}}")
+        for name in self.data.teachers:
+            check_feature_name(name, "data.teachers")
 
     @property
     def training_frames(self) -> FrameChoice:

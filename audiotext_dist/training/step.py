@@ -65,10 +65,12 @@ def train_step(
     loss: LossConfig,
     epoch: int = 0,
     matmul_dtype: torch.dtype | None = None,
-    teachers: Teachers | None = None,
 ) -> StepResult:
     """Forward, backward and update; a sick step ends on every rank before the part that it would spoil."""
     recordings = recording_ids([metadata.recording for metadata in batch.metadata])
+    teachers = None
+    if batch.teacher_audio_BE is not None and batch.teacher_captions_BE is not None:
+        teachers = Teachers(batch.teacher_audio_BE, batch.teacher_captions_BE)
 
     def loss_of(a_nD: Tensor, b_nD: Tensor, scale: Tensor, bias: Tensor | None) -> LossOutput:
         recording_n = recordings.to(a_nD.device)

@@ -242,6 +242,23 @@ def test_the_copies_of_a_weighted_clip_are_drawn_anew(tmp_path):
     assert all(len(found) == 2 and found[0] != found[1] for found in masks.values())
 
 
+def test_the_copies_of_a_clip_show_each_of_its_captions_once(tmp_path):
+    samples = [make_sample(row, captions=[f"{row} said {n} times" for n in range(5)]) for row in range(8)]
+    data = config(write_shards(tmp_path, [samples]))
+    data = dataclasses.replace(data, train={"own": dataclasses.replace(data.train["own"], weight=5.0)})
+    batches = training_batches(data, World())
+    firsts = set()
+    for epoch in range(3):
+        found = [(key, caption) for n in range(5) for key, caption in _drawn(batches[5 * epoch + n])]
+        assert sorted(found) == sorted((sample.key, text) for sample in samples for text in sample.metadata.text)
+        firsts.add(dict(reversed(found))["clip-0000"])
+    assert len(firsts) > 1
+
+
+def _drawn(batch):
+    return zip(batch.keys, batch.captions, strict=True)
+
+
 def test_an_unfinished_shard_of_a_build_is_refused(tmp_path):
     folder = Path(write_shards(tmp_path, [[make_sample(row)] for row in range(2)]))
     (folder / "00001.index.json").unlink()

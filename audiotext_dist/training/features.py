@@ -1,0 +1,98 @@
+"""Which feature files a recipe reads, and by which encoders they must have been made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+
+from audiotext_dist import storage
+from audiotext_dist.data.encoders import Encoder, Modality, encoder_of, teacher_encoders
+from audiotext_dist.data.feature_files import FeatureFile, open_features
+from audiotext_dist.data.features import FeatureReader, Features, Teacher
+from audiotext_dist.data.sets import SetConfig
+from audiotext_dist.data.shard import Shard
+from audiotext_dist.errors import UserError
+from audiotext_dist.models.dual_encoder import DualEncoder
+from audiotext_dist.training import checkpoint
+from audiotext_dist.training.recipe import Recipe, read_run_recipe
+
+NO_TEACHERS: Mapping[str, str | None] = MappingProxyType({})
+
+
+def needs_pictures(recipe: Recipe) -> bool:
+    """True where the run decodes frames itself."""
+    return "image" in recipe.task and recipe.data.frame_features is None
+
+
+def replaced_encoders(recipe: Recipe, model: DualEncoder) -> dict[Modality, Encoder]:
+    """The towers that features speak for in this recipe."""
+    names: dict[Modality, str | None] = {"image": recipe.data.frame_features, "text": recipe.data.caption_features}
+    return {
+        modality: encoder_of(model, recipe.model, recipe.data, modality)
+        for modality, name in names.items()
+        if name is not None
+    }
+
+
+def features_of(
+    recipe: Recipe,
+    encoders: dict[Modality, Encoder],
+    sets: dict[str, SetConfig],
+    opened: Sequence[Sequence[Shard]],
+    teachers: Mapping[str, str | None] = NO_TEACHERS,
+) -> Features:
+    """The features that the recipe names, of some sets together, made by these encoders, and what teachers say.
+
+    Raises:
+        UserError: a file is missing, damaged or stale; a teacher's run is none.
+    """
+    cache = recipe.data.node_cache()
+
+    def files(name: str, made_by: dict[Modality, Encoder]) -> list[FeatureFile]:
+        return [
+            file
+            for (set_name, chosen), shards in zip(sets.items(), opened, strict=True)
+            for file in open_features(shards, name, chosen.features, made_by, set_name, cache.retry)
+        ]
+
+    def reader(name: str | None, modality: Modality) -> FeatureReader | None:
+        if name is None:
+            return None
+        return FeatureReader(files(name, {modality: encoders[modality]}), modality, cache)
+
+    def teacher(name: str, run: str | None) -> Teacher:
+        found = files(name, {} if run is None else _encoders_of_run(run))
+        if run is None:
+            _check_one_teacher(name, found)
+        return Teacher(audio=FeatureReader(found, "audio", cache), captions=FeatureReader(found, "text", cache))
+
+    return Features(
+        frames=reader(recipe.data.frame_features, "image"),
+        captions=reader(recipe.data.caption_features, "text"),
+        teachers=tuple(teacher(name, run) for name, run in teachers.items()),
+    )
+
+
+def _encoders_of_run(run: str) -> dict[Modality, Encoder]:
+    recipe = read_run_recipe(Path(run))
+    if recipe.task != "audio-text":
+        raise UserError(f"data.teachers: {run} has task={recipe.task}: a teacher is an audio-text run")
+    return teacher_encoders(checkpoint.read_weights(run), recipe.model, recipe.data)
+
+
+def _check_one_teacher(name: str, files: Sequence[FeatureFile]) -> None:
+    """Features whose run is not named must at least be of both towers, and all by the same ones."""
+    first = files[0]
+    for file in files:
+        for modality in ("audio", "text"):
+            if modality not in file.header.encoders:
+                raise UserError(
+                    f"{storage.public_name(file.path)} holds no {modality} embeddings: make the features of "
+                    f"data.teachers.{name} with launch/embed.py run=RUN"
+                )
+        if file.header.encoders != first.header.encoders:
+            raise UserError(
+                f"{storage.public_name(first.path)} and {storage.public_name(file.path)} were made by different "
+                f"encoders: make the features of data.teachers.{name} anew with launch/embed.py overwrite=true"
+            )
