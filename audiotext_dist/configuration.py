@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from audiotext_dist.errors import UserError
@@ -30,7 +30,7 @@ def parse(schema: type[Config], words: Sequence[str], yaml_file: str | None = No
         schema: a frozen keyword-only dataclass; nested ones and ``dict[str, dataclass]`` are followed.
         words: ``data.train.esc.weight=2``; values are YAML (``[1,2]``, ``null``, ``true``).
         yaml_file: a file of the same keys, nested. ``base: FILE``, relative to its own folder, names another such
-            file, whose keys it changes; a base may have a base.
+            file, whose keys it changes; ``base: [FILE, FILE]`` several, later ones win. A base may have a base.
 
     Raises:
         UserError: one line that names the key and the mend.
@@ -99,21 +99,21 @@ def describe(schema: type[Any], prefix: str = "") -> str:
 
 
 def _read_with_bases(yaml_file: str, readers: Sequence[Path] = ()) -> DictConfig:
-    """The file's keys over those of its base; readers: the files that led here, each the base of the one before."""
+    """The file's keys over those of its bases; readers: the files that led here, each a base of the one before."""
     found = _read_yaml(yaml_file)
-    base = found.pop("base", None)
-    if base is None:
-        return found
-    if not isinstance(base, str):
-        raise UserError(f"base={base} in {yaml_file} is no file's name: give a path relative to that file")
+    given = found.pop("base", ListConfig([]))
     readers = [*readers, Path(yaml_file).resolve()]
-    base_file = Path(yaml_file).parent / base
-    if base_file.resolve() in readers:
-        raise UserError(f"base={base} in {yaml_file} leads back to itself: take it out of one of the files")
-    if not base_file.is_file():
-        raise UserError(f"no base file at {base_file}: mend base={base} in {yaml_file}, relative to that file")
-    merged = OmegaConf.merge(_read_with_bases(str(base_file), readers), found)
-    assert isinstance(merged, DictConfig)
+    merged = OmegaConf.create()
+    for base in given if isinstance(given, ListConfig) else [given]:
+        if not isinstance(base, str):
+            raise UserError(f"base={base} in {yaml_file} is no file's name: give a path relative to that file")
+        base_file = Path(yaml_file).parent / base
+        if base_file.resolve() in readers:
+            raise UserError(f"base={base} in {yaml_file} leads back to itself: take it out of one of the files")
+        if not base_file.is_file():
+            raise UserError(f"no base file at {base_file}: mend base={base} in {yaml_file}, relative to that file")
+        merged.merge_with(_read_with_bases(str(base_file), readers))
+    merged.merge_with(found)
     return merged
 
 

@@ -35,7 +35,7 @@ FRAMES = [*ENOUGH, "task=audio-image"]
         ([*ENOUGH, "loss.recording_weight=-1"], r"loss.recording_weight=-1.0 must be 0 or more"),
         ([*ENOUGH, "loss.tile_bytes=0"], r"loss.tile_bytes=0 must be above 0"),
         ([*ENOUGH, "loss.direction=forth"], r"wrong value for 'loss.direction'.*first_to_second"),
-        ([*ENOUGH, "loss.teacher_weight=1"], r"loss.teacher_weight=1.0 needs the teachers' embeddings"),
+        ([*ENOUGH, "loss.teacher_weight=1"], r"loss.teacher_weight=1 needs teachers: embed the training sets"),
         ([*ENOUGH, "loss.name=sigmoid"], r"needs a bias: set model.init_logit_bias=-10"),
         ([*ENOUGH, "model.init_logit_bias=-10"], r"model.init_logit_bias=-10 changes no softmax"),
         ([*ENOUGH, "loss.name=sigmoid", "loss.teacher_weight=1"], r"takes no softmaxed targets"),
@@ -112,13 +112,21 @@ def test_a_file_changes_its_base_which_lies_relative_to_it(tmp_path):
     assert (recipe.data.num_frames, recipe.data.train["own"].shards) == (3, "here")
 
 
+def test_of_several_bases_later_ones_win(tmp_path):
+    (tmp_path / "stage.yaml").write_text("name: stage\noptim: {weight_lr: 0.5, momentum: 0.5}\n")
+    (tmp_path / "tower.yaml").write_text("name: tower\noptim: {momentum: 0.6}\n")
+    (tmp_path / "row.yaml").write_text("base: [stage.yaml, tower.yaml]\ndata: {train: {own: {shards: here}}}\n")
+    recipe = read_recipe([f"recipe={tmp_path / 'row.yaml'}"])
+    assert (recipe.name, recipe.optim.weight_lr, recipe.optim.momentum) == ("tower", 0.5, 0.6)
+
+
 @pytest.mark.parametrize(
     ("base", "message"),
     [
         ("nowhere.yaml", r"no base file at .*nowhere.yaml: mend base=nowhere.yaml in .*recipe.yaml"),
         ("recipe.yaml", r"base=recipe.yaml in .* leads back to itself"),
         ("between.yaml", r"base=recipe.yaml in .*between.yaml leads back to itself"),
-        ("[recipe.yaml]", r"is no file's name: give a path relative to that file"),
+        ("[[recipe.yaml]]", r"is no file's name: give a path relative to that file"),
     ],
 )
 def test_wrong_bases(tmp_path, base, message):
