@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from audiotext_dist.data.decode import decode_clip
-from audiotext_dist.data.index import Shard, load_shards
 from audiotext_dist.data.plan import Slot
+from audiotext_dist.data.shard import Shard, load_shards
 from audiotext_dist.data.shard_reader import ShardReader
 from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError
