@@ -131,7 +131,8 @@ class Features:
     @property
     def readers(self) -> list[FeatureReader]:
         """All of these."""
-        return [reader for reader in (self.frames, self.captions) if reader is not None]
+        of_teachers = [reader for teacher in self.teachers for reader in (teacher.audio, teacher.captions)]
+        return [*(reader for reader in (self.frames, self.captions) if reader is not None), *of_teachers]
 
     @property
     def has_remote(self) -> bool:

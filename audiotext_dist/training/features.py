@@ -8,12 +8,13 @@ from types import MappingProxyType
 
 from audiotext_dist import storage
 from audiotext_dist.data.encoders import Encoder, Modality, encoder_of, teacher_encoders
-from audiotext_dist.data.feature_files import FeatureFile, open_features
+from audiotext_dist.data.feature_files import ShardFeatures, feature_path, open_features, read_feature_file
 from audiotext_dist.data.features import FeatureReader, Features, Teacher
 from audiotext_dist.data.sets import SetConfig
 from audiotext_dist.data.shard import Shard
 from audiotext_dist.errors import UserError
 from audiotext_dist.models.dual_encoder import DualEncoder
+from audiotext_dist.retry import RetryConfig
 from audiotext_dist.training import checkpoint
 from audiotext_dist.training.recipe import Recipe, read_run_recipe
 
@@ -49,7 +50,7 @@ def features_of(
     """
     cache = recipe.data.node_cache()
 
-    def files(name: str, made_by: dict[Modality, Encoder]) -> list[FeatureFile]:
+    def files(name: str, made_by: dict[Modality, Encoder]) -> list[ShardFeatures]:
         return [
             file
             for (set_name, chosen), shards in zip(sets.items(), opened, strict=True)
@@ -62,9 +63,8 @@ def features_of(
         return FeatureReader(files(name, {modality: encoders[modality]}), modality, cache)
 
     def teacher(name: str, run: str | None) -> Teacher:
-        found = files(name, {} if run is None else _encoders_of_run(run))
-        if run is None:
-            _check_one_teacher(name, found)
+        first = feature_path(opened[0][0], name, next(iter(sets.values())).features)
+        found = files(name, _encoders_in(first, name, cache.retry) if run is None else _encoders_of_run(run))
         return Teacher(audio=FeatureReader(found, "audio", cache), captions=FeatureReader(found, "text", cache))
 
     return Features(
@@ -81,18 +81,15 @@ def _encoders_of_run(run: str) -> dict[Modality, Encoder]:
     return teacher_encoders(checkpoint.read_weights(run), recipe.model, recipe.data)
 
 
-def _check_one_teacher(name: str, files: Sequence[FeatureFile]) -> None:
-    """Features whose run is not named must at least be of both towers, and all by the same ones."""
-    first = files[0]
-    for file in files:
-        for modality in ("audio", "text"):
-            if modality not in file.header.encoders:
-                raise UserError(
-                    f"{storage.public_name(file.path)} holds no {modality} embeddings: make the features of "
-                    f"data.teachers.{name} with launch/embed.py run=RUN"
-                )
-        if file.header.encoders != first.header.encoders:
-            raise UserError(
-                f"{storage.public_name(first.path)} and {storage.public_name(file.path)} were made by different "
-                f"encoders: make the features of data.teachers.{name} anew with launch/embed.py overwrite=true"
-            )
+def _encoders_in(first: str, name: str, retry: RetryConfig) -> dict[Modality, Encoder]:
+    """Who made the first file, and so must have made all, of features whose run is not named."""
+    try:
+        made_by = read_feature_file(first, retry).header.encoders
+    except FileNotFoundError:
+        return {}  # it will be missed when all are opened
+    if not {"audio", "text"} <= made_by.keys():
+        raise UserError(
+            f"{storage.public_name(first)} is of {', '.join(made_by)}: make the features of data.teachers.{name} with "
+            "launch/embed.py run=RUN, by both towers"
+        )
+    return {modality: made_by[modality] for modality in ("audio", "text")}
