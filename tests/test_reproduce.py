@@ -183,5 +183,5 @@ def test_every_table_of_the_repository_is_whole(path):
                 if word.startswith("recipe="):
                     assert Path(word.removeprefix("recipe=")).is_file(), word
     for command in table.prepare.values():
-        resolve(command, {**table.variables, "out": table.out}, "prepare")
+        resolve(command, {**table.variables, "out": table.out, "launch": "python"}, "prepare")
     assert as_markdown(table, summarise(table))
