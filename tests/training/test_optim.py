@@ -1,6 +1,7 @@
 """LARS against its formula written out, the groups, and the schedule."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,10 @@ from audiotext_dist.training.optim import (
     schedule,
     set_learning_rates,
 )
+from audiotext_dist.training.recipe import read_recipe
+
+
+RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
 
 
 def reference_lars(values, gradients, *, lr, momentum, weight_decay, eta):
@@ -42,6 +47,36 @@ def test_lars_follows_its_formula_for_50_steps(shape):
         parameter.grad = gradient.clone()
         optimizer.step()
     torch.testing.assert_close(parameter.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_table_i_of_temporal_agreement_for_50_steps():
+    """Rates of weights and biases, both x 128/256, a warm-up, a cosine to 0.001: from formulas of its own."""
+    recipe = read_recipe([f"recipe={RECIPES / 'temporal_agreement' / 'conventional_audio_image.yaml'}"])
+    assert (recipe.training.num_epochs, recipe.training.global_batch_size, recipe.optim.warmup_epochs) == (30, 128, 10)
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4))
+    optimizer = build_optimizer(model, recipe.optim, global_batch_size=128)
+    values = {name: parameter.detach().double() for name, parameter in model.named_parameters()}
+    velocities = {name: torch.zeros_like(value) for name, value in values.items()}
+    for step in range(50):
+        share = schedule(step, warmup_steps=17, decay_steps=50, final_share=recipe.optim.final_lr_share)
+        set_learning_rates(optimizer.param_groups, share)
+        if step < 17:
+            expected_share = (step + 1) / 17
+        else:
+            q = 0.5 * (1 + math.cos(math.pi * (step - 17) / 33))
+            expected_share = q + 0.001 * (1 - q)
+        for name, parameter in model.named_parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+            update, rate = parameter.grad.double(), 4.8e-3
+            if name == "0.weight":
+                update, rate = update + 1e-6 * values[name], 2.0e-1
+                update = update * 0.001 * values[name].norm() / update.norm()
+            velocities[name] = 0.9 * velocities[name] + update
+            values[name] = values[name] - 128 / 256 * rate * expected_share * velocities[name]
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.double(), values[name], rtol=1e-6, atol=1e-6)
 
 
 def test_lars_moves_a_zero_matrix_by_the_plain_rate():
