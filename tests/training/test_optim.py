@@ -18,7 +18,6 @@ from audiotext_dist.training.optim import (
 )
 from audiotext_dist.training.recipe import read_recipe
 
-
 RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
 
 
