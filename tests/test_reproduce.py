@@ -85,6 +85,16 @@ def test_rows_and_seeds_run_once_and_give_mean_and_deviation(file):
     assert (Path(table.out) / "table.png").stat().st_size > 1000
 
 
+def test_rows_are_drawn_as_lines_over_a_variable(file):
+    table = read_table(str(file), ["lines={x: value, line: row}"])
+    Runner(table).run()
+    write_summary(table, summarise(table), {})
+    assert (Path(table.out) / "table.png").stat().st_size > 1000
+    wrong = read_table(str(file), ["lines={x: log}"])
+    with pytest.raises(UserError, match=r"lines\.x=log is '.*' in row 'first', which is no number"):
+        write_summary(wrong, summarise(wrong), {})
+
+
 def test_a_failed_row_is_named_and_the_others_go_on(file, monkeypatch, capsys):
     words = ["rows.first.variables.value=broken", "rows.third={}", "jobs=2"]
     monkeypatch.setattr(sys, "argv", ["reproduce.py", str(file), *words])

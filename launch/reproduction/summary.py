@@ -3,46 +3,16 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from audiotext_dist import storage
 from audiotext_dist.errors import UserError
+from launch.reproduction.cell import Cell, Summary
+from launch.reproduction.picture import draw
 from launch.reproduction.table import Column, Table, resolve
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """A figure of one row, all in per cent: of each seed that is there, by chance, and in the paper."""
-
-    by_seed: dict[int, float]
-    chance: float | None
-    paper: float | None
-
-    @property
-    def mean(self) -> float | None:
-        """Over the seeds; None without any."""
-        return statistics.fmean(self.by_seed.values()) if self.by_seed else None
-
-    @property
-    def deviation(self) -> float | None:
-        """The sample's standard deviation; None with fewer than two seeds."""
-        return statistics.stdev(self.by_seed.values()) if len(self.by_seed) > 1 else None
-
-    def text(self) -> str:
-        """``12.34 ± 0.56 [10.94]``, the paper's in brackets."""
-        shown = "-" if self.mean is None else f"{self.mean:.2f}"
-        shown += "" if self.deviation is None else f" ± {self.deviation:.2f}"
-        return shown + ("" if self.paper is None else f" [{self.paper:.2f}]")
-
-
-Summary = dict[str, dict[str, Cell]]
 
 
 def summarise(table: Table) -> Summary:
@@ -87,7 +57,7 @@ def as_markdown(table: Table, summary: Summary) -> str:
     head = ["", "seeds", *table.columns]
     lines = [
         [
-            table.rows[row].title or row,
+            table.title_of(row),
             f"{_num_seeds(cells)}/{len(table.seeds)}",
             *(cell.text() for cell in cells.values()),
         ]
@@ -129,42 +99,5 @@ def write_summary(table: Table, summary: Summary, failed: Mapping[str, str]) -> 
     out = Path(table.out)
     storage.write_bytes(str(out / "table.md"), text.encode())
     storage.write_bytes(str(out / "table.json"), (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
-    _draw(table, summary, out / "table.png")
+    draw(table, summary, out / "table.png")
     return text
-
-
-def _draw(table: Table, summary: Summary, path: Path) -> None:
-    """A panel a column: bars with their deviation, the paper's figure as a diamond, chance as a dashed line."""
-    num_rows, num_columns = len(summary), min(4, len(table.columns))
-    num_lines = -(-len(table.columns) // max(num_columns, 1))
-    figure = Figure(figsize=(3.0 * num_columns + 1.8, (0.34 * num_rows + 1.0) * num_lines), layout="constrained")
-    FigureCanvasAgg(figure)
-    if not table.columns:
-        return
-    panels = figure.subplots(num_lines, num_columns, squeeze=False, sharey=True).flatten()
-    for axes, name in zip(panels, table.columns, strict=False):
-        cells = [cells[name] for cells in summary.values()]
-        axes.barh(
-            range(num_rows),
-            [cell.mean or 0.0 for cell in cells],
-            xerr=[cell.deviation or 0.0 for cell in cells],
-            color="#4c78a8",
-            error_kw={"ecolor": "#333333", "capsize": 2},
-        )
-        told = [(cell.paper, place) for place, cell in enumerate(cells) if cell.paper is not None]
-        if told:
-            axes.plot(*zip(*told, strict=True), "D", color="#e45756", markersize=5, label="paper")
-        chance = next((cell.chance for cell in cells if cell.chance is not None), None)
-        if chance is not None:
-            axes.axvline(chance, color="#333333", linestyle="--", linewidth=1, label="chance")
-        axes.set(title=name, xlabel="per cent", yticks=range(num_rows))
-        axes.set_yticklabels([table.rows[row].title or row for row in summary])
-        axes.grid(axis="x", alpha=0.3)
-    for axes in panels[len(table.columns) :]:
-        axes.set_visible(False)
-    panels[0].invert_yaxis()
-    handles, labels = panels[0].get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside lower right", ncols=len(handles))
-    figure.suptitle(table.title)
-    figure.savefig(path, dpi=120)

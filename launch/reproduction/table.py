@@ -55,9 +55,18 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Lines:
+    """A picture of lines in place of bars."""
+
+    x: str = "???"
+    line: str = "title"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Table:
     """A table file; every key may be changed by a word, as in a recipe.
 
+    lines: draw the columns as lines over the variable ``x``, one for each value of ``line`` (a variable, or ``title``).
     only: rows to run, empty for all. jobs: rows at once, default one a GPU (or gpus_a_job of them), or one without.
     """
 
@@ -69,6 +78,7 @@ class Table:
     steps: dict[str, str] = field(default_factory=dict)
     columns: dict[str, Column] = field(default_factory=dict)
     rows: dict[str, Row] = field(default_factory=dict)
+    lines: Lines | None = None
     only: list[str] = field(default_factory=list)
     jobs: int | None = None
     gpus_a_job: int = 1
@@ -86,6 +96,10 @@ class Table:
         own = {"out": self.out, "row": row, "seed": seed, "folder": str(self.folder(row, seed))}
         return {**self.variables, **self.rows[row].variables, **own, **more}
 
+    def title_of(self, row: str) -> str:
+        """As the table shows it."""
+        return self.rows[row].title or row
+
     def jobs_in_order(self) -> Iterator[tuple[str, int]]:
         """Every row and seed; a whole seed first, so that a table stands early."""
         return ((row, seed) for seed in self.seeds for row in self.chosen_rows())
@@ -100,7 +114,8 @@ def read_table(yaml_file: str, words: list[str]) -> Table:
     found = configuration.parse_unresolved(Table, words, yaml_file)
     columns = {name: Column(**column) for name, column in found.pop("columns").items()}
     rows = {name: Row(**row) for name, row in found.pop("rows").items()}
-    table = Table(columns=columns, rows=rows, **found)
+    lines = found.pop("lines")
+    table = Table(columns=columns, rows=rows, lines=lines and Lines(**lines), **found)
     _check(table, yaml_file)
     return table
 
