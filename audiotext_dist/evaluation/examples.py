@@ -1,0 +1,208 @@
+"""A few queries of a set, always the same ones, and what the model finds for them.
+
+1. ``choose_examples`` takes the clips whose hashed keys are lowest: the same at every evaluation, after a resume, and
+   for every number of ranks. A caption (or frame) of each is the query; clips are found.
+2. ``write_examples``, on the main rank alone, reads those clips and the found ones from their shards, and leaves a
+   table with sounds and pictures in the run folder; it returns the same as rows for a tracker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+from numpy.typing import NDArray
+from PIL import Image
+
+from audiotext_dist.data.bad_samples import BadSampleError
+from audiotext_dist.data.decode import decode_metadata, square_frame
+from audiotext_dist.data.index import Shard
+from audiotext_dist.data.sample import AUDIO_MEMBER, METADATA_MEMBER, frame_member, safe_key
+from audiotext_dist.data.sets import DataConfig
+from audiotext_dist.data.shard_reader import ShardReader
+from audiotext_dist.evaluation.sheet import FoundCell, Picture, SheetRow, draw_sheet
+from audiotext_dist.evaluation.spectrogram import read_flac, spectrogram_with_axes
+
+EXAMPLES_FOLDER, TABLE_FILE, SHEET_FILE = "examples", "queries.json", "queries.png"
+NUM_FOUND = 5
+_FRAME_PIXELS = 224
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """One found clip: its key, its score, and whether it is right."""
+
+    clip: str
+    score: float
+    is_right: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One query: a clip's key, which of its captions (or frames), the rank of the first right clip, the top five."""
+
+    clip: str
+    number: int
+    rank: int
+    found: list[Found]
+
+
+def choose_examples(
+    keys: Sequence[str],
+    queries_RD: NDArray[np.float32],
+    clip_of_query_R: NDArray[np.int64],
+    items_RD: NDArray[np.float32],
+    clip_of_item_R: NDArray[np.int64],
+    right: Sequence[NDArray[np.int64]],
+    num_examples: int,
+) -> list[Example]:
+    """At most so many queries, each of another clip.
+
+    Args:
+        keys: of the clips, by number.
+        right: for each query, the items that it should find.
+    """
+    examples = []
+    for clip in sorted(range(len(keys)), key=lambda number: _hash(keys[number]))[:num_examples]:
+        own_rows = np.flatnonzero(clip_of_query_R == clip)
+        number = _hash(keys[clip]) % len(own_rows)
+        row = own_rows[number]
+        scores_R = items_RD @ queries_RD[row]
+        is_right_R = np.isin(np.arange(len(items_RD)), right[row])
+        # As the metrics have it, what is wrong comes first among equals.
+        order = np.lexsort((is_right_R, -scores_R))
+        # A clip with several items stands where its best one does.
+        _, first = np.unique(clip_of_item_R[order], return_index=True)
+        order = order[np.sort(first)]
+        found = [
+            Found(clip=keys[clip_of_item_R[item]], score=float(scores_R[item]), is_right=bool(is_right_R[item]))
+            for item in order[:NUM_FOUND]
+        ]
+        rank = int(np.flatnonzero(is_right_R[order])[0]) + 1
+        examples.append(Example(clip=keys[clip], number=number, rank=rank, found=found))
+    return examples
+
+
+def _hash(key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest())
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ShownClip:
+    """What people see and hear of a clip; None where the task has no such side, or it does not decode."""
+
+    text: str
+    captions: list[str]
+    waveform_S: NDArray[np.float32] | None
+    frame: Image.Image | None
+
+
+def write_examples(
+    examples: Sequence[Example], task: str, set_name: str, shards: Sequence[Shard], data: DataConfig, run_dir: Path
+) -> list[dict[str, Any]]:
+    """Write ``examples/SET/``: ``queries.png`` and ``queries.json``, and sound and pictures of each query's clip.
+
+    Returns:
+        A row a query: text, numbers, and paths of what is to be seen or heard. Empty where the disk refuses them.
+    """
+    if not examples:
+        return []
+    folder = run_dir / EXAMPLES_FOLDER / set_name
+    keys = {key for example in examples for key in (example.clip, *(found.clip for found in example.found))}
+    clips = _read_clips(keys, task, shards, data)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [asdict(example) | {"query": _query(example, task, clips)} for example in examples]
+        (folder / TABLE_FILE).write_text(json.dumps(lines, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        rows = [_sheet_row(example, task, clips, data.sample_rate_hz) for example in examples]
+        items, queries = task.split("-")
+        title = f"{set_name}: {queries} to {items}, {len(rows)} fixed queries and their top {NUM_FOUND}"
+        draw_sheet(title, f"its own {items}", rows).save(folder / SHEET_FILE, optimize=True)
+        return [_table_row(example, task, clips, data.sample_rate_hz, folder) for example in examples]
+    except OSError as error:
+        _log.warning("the examples of %s are not written (%s)", set_name, error.strerror or error)
+        return []
+
+
+def _read_clips(keys: set[str], task: str, shards: Sequence[Shard], data: DataConfig) -> dict[str, _ShownClip]:
+    # Shard after shard, so that the cache holds each for as long as it is read.
+    places = [
+        (number, row, key)
+        for number, shard in enumerate(shards)
+        for row, key in enumerate(shard.index.keys)
+        if key in keys
+    ]
+    with contextlib.closing(ShardReader(shards, data.node_cache(), verify=data.verify)) as reader:
+        return {key: _read_clip(reader, number, row, key, task, data) for number, row, key in places}
+
+
+def _read_clip(reader: ShardReader, shard: int, row: int, key: str, task: str, data: DataConfig) -> _ShownClip:
+    captions, waveform_S, frame = list[str](), None, None
+    # A model that reads features meets no member itself: a broken one is not shown, and no more.
+    with contextlib.suppress(BadSampleError):
+        captions = decode_metadata(reader.read(shard, row, METADATA_MEMBER), key).text
+    if "audio" in task:
+        with contextlib.suppress(BadSampleError, soundfile.LibsndfileError):
+            waveform_S = read_flac(reader.read(shard, row, AUDIO_MEMBER), data.clip_seconds)
+    if "image" in task:
+        with contextlib.suppress(BadSampleError):
+            jpeg = reader.read(shard, row, frame_member(data.num_frames // 2))
+            frame = Image.fromarray(square_frame(jpeg, _FRAME_PIXELS))
+    text = captions[0] if captions else key
+    return _ShownClip(text=text, captions=captions, waveform_S=waveform_S, frame=frame)
+
+
+def _query(example: Example, task: str, clips: Mapping[str, _ShownClip]) -> str:
+    """The caption that asks, or the name of the clip whose frame does."""
+    captions = clips[example.clip].captions
+    return captions[example.number] if task.endswith("text") and captions else example.clip
+
+
+def _sheet_row(example: Example, task: str, clips: Mapping[str, _ShownClip], sample_rate_hz: int) -> SheetRow:
+    clip = clips[example.clip]
+    return SheetRow(
+        query=_query(example, task, clips),
+        query_frame=clip.frame if task.endswith("image") else None,
+        rank=example.rank,
+        own=Picture(clip.waveform_S, sample_rate_hz, clip.frame),
+        found=[
+            FoundCell(
+                text=clips[found.clip].text,
+                score=found.score,
+                is_right=found.is_right,
+                picture=Picture(clips[found.clip].waveform_S, sample_rate_hz, clips[found.clip].frame),
+            )
+            for found in example.found
+        ],
+    )
+
+
+def _table_row(
+    example: Example, task: str, clips: Mapping[str, _ShownClip], sample_rate_hz: int, folder: Path
+) -> dict[str, Any]:
+    """Sound and pictures are written once: they are the same at every evaluation."""
+    clip, stem = clips[example.clip], folder / safe_key(example.clip)
+    row: dict[str, Any] = {"clip": example.clip, "query": _query(example, task, clips)}
+    if clip.frame is not None:
+        row["frame"] = stem.with_suffix(".jpg")
+        if not row["frame"].exists():
+            clip.frame.save(row["frame"])
+    if clip.waveform_S is not None:
+        row |= {"audio": stem.with_suffix(".flac"), "spectrogram": stem.with_suffix(".png")}
+        if not row["spectrogram"].exists():
+            soundfile.write(row["audio"], clip.waveform_S, sample_rate_hz, "PCM_16")
+            spectrogram_with_axes(clip.waveform_S, sample_rate_hz, 480, 200, text_size=12).save(row["spectrogram"])
+    row["rank of a right one"] = example.rank
+    for place, found in enumerate(example.found, start=1):
+        mark = "right" if found.is_right else "wrong"
+        row[f"top {place}"] = f"{mark} {found.score:.3f} {clips[found.clip].text} [{found.clip}]"
+    return row
