@@ -13,6 +13,7 @@ from audiotext_dist.data.sets import open_sets
 from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError, run_for_people
 from audiotext_dist.evaluation import report
+from audiotext_dist.evaluation.examples import write_examples
 from audiotext_dist.evaluation.retrieval import check_relevance, evaluate_set
 from audiotext_dist.models.dual_encoder import DualEncoder, build_model
 from audiotext_dist.training.checkpoint import load_model
@@ -32,8 +33,10 @@ Zero-shot, with a tower that the run was not trained with (here audio-text, thro
     python launch/evaluate.py run=runs/NAME task=audio-text model.text.name=ViT-B-32-quickgelu \
         model.text.pretrained=openai data.validation.clotho.shards=FOLDER out=results
 
-Prints the table and writes it as retrieval.json into out (default: the run folder). data.validation.NAME.relevance
-is `labels`, or a file that says which captions truly describe which clips. Other keys are the recipe's:
+Prints the table and writes it as retrieval.json into out (default: the run folder). examples/SET/queries.png there
+shows what was found for a few queries (evaluation.num_examples), queries.json says it, and their sounds lie beside it.
+data.validation.NAME.relevance is `labels`, or a file that says which captions truly describe which clips. Other keys
+are the recipe's:
 """
 
 
@@ -76,6 +79,7 @@ def main() -> None:
             frame=recipe.evaluation.frame,
             world=world,
             features=known,
+            num_examples=recipe.evaluation.num_examples,
         )
         for (name, chosen), shards, known in zip(recipe.data.validation.items(), sets, features, strict=True)
     ]
@@ -84,6 +88,8 @@ def main() -> None:
         out = Path(own.get("out", own["run"]))
         out.mkdir(parents=True, exist_ok=True)
         report.write_results(results, out)
+        for result, shards in zip(results, sets, strict=True):
+            write_examples(result.examples, recipe.task, result.set_name, shards, recipe.data, out)
         print(report.table(results))
 
 

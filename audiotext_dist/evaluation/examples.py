@@ -15,7 +15,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import soundfile
@@ -24,10 +24,11 @@ from PIL import Image
 
 from audiotext_dist.data.bad_samples import BadSampleError
 from audiotext_dist.data.decode import decode_metadata, square_frame
-from audiotext_dist.data.index import Shard
 from audiotext_dist.data.sample import AUDIO_MEMBER, METADATA_MEMBER, frame_member, safe_key
 from audiotext_dist.data.sets import DataConfig
+from audiotext_dist.data.shard import Shard
 from audiotext_dist.data.shard_reader import ShardReader
+from audiotext_dist.evaluation.metrics import pair_scores
 from audiotext_dist.evaluation.sheet import FoundCell, Picture, SheetRow, draw_sheet
 from audiotext_dist.evaluation.spectrogram import read_flac, spectrogram_with_axes
 
@@ -35,6 +36,13 @@ EXAMPLES_FOLDER, TABLE_FILE, SHEET_FILE = "examples", "queries.json", "queries.p
 NUM_FOUND = 5
 _FRAME_PIXELS = 224
 _log = logging.getLogger(__name__)
+
+
+class Rows(NamedTuple):
+    """One side of a set: every row's embedding, and the number of the clip that it belongs to."""
+
+    embeddings_RD: NDArray[np.float32]
+    clip_R: NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,13 +65,7 @@ class Example:
 
 
 def choose_examples(
-    keys: Sequence[str],
-    queries_RD: NDArray[np.float32],
-    clip_of_query_R: NDArray[np.int64],
-    items_RD: NDArray[np.float32],
-    clip_of_item_R: NDArray[np.int64],
-    right: Sequence[NDArray[np.int64]],
-    num_examples: int,
+    keys: Sequence[str], queries: Rows, items: Rows, right: Sequence[NDArray[np.int64]], num_examples: int
 ) -> list[Example]:
     """At most so many queries, each of another clip.
 
@@ -73,18 +75,18 @@ def choose_examples(
     """
     examples = []
     for clip in sorted(range(len(keys)), key=lambda number: _hash(keys[number]))[:num_examples]:
-        own_rows = np.flatnonzero(clip_of_query_R == clip)
+        own_rows = np.flatnonzero(queries.clip_R == clip)
         number = _hash(keys[clip]) % len(own_rows)
         row = own_rows[number]
-        scores_R = items_RD @ queries_RD[row]
-        is_right_R = np.isin(np.arange(len(items_RD)), right[row])
+        scores_R = pair_scores(queries.embeddings_RD[[row]], items.embeddings_RD)[0]
+        is_right_R = np.isin(np.arange(len(scores_R)), right[row])
         # As the metrics have it, what is wrong comes first among equals.
         order = np.lexsort((is_right_R, -scores_R))
         # A clip with several items stands where its best one does.
-        _, first = np.unique(clip_of_item_R[order], return_index=True)
+        _, first = np.unique(items.clip_R[order], return_index=True)
         order = order[np.sort(first)]
         found = [
-            Found(clip=keys[clip_of_item_R[item]], score=float(scores_R[item]), is_right=bool(is_right_R[item]))
+            Found(clip=keys[items.clip_R[item]], score=float(scores_R[item]), is_right=bool(is_right_R[item]))
             for item in order[:NUM_FOUND]
         ]
         rank = int(np.flatnonzero(is_right_R[order])[0]) + 1
@@ -126,7 +128,8 @@ def write_examples(
         rows = [_sheet_row(example, task, clips, data.sample_rate_hz) for example in examples]
         items, queries = task.split("-")
         title = f"{set_name}: {queries} to {items}, {len(rows)} fixed queries and their top {NUM_FOUND}"
-        draw_sheet(title, f"its own {items}", rows).save(folder / SHEET_FILE, optimize=True)
+        # 256 colours, a third of the bytes.
+        draw_sheet(title, f"its own {items}", rows).quantize(256).save(folder / SHEET_FILE, optimize=True)
         return [_table_row(example, task, clips, data.sample_rate_hz, folder) for example in examples]
     except OSError as error:
         _log.warning("the examples of %s are not written (%s)", set_name, error.strerror or error)
@@ -200,7 +203,8 @@ def _table_row(
         row |= {"audio": stem.with_suffix(".flac"), "spectrogram": stem.with_suffix(".png")}
         if not row["spectrogram"].exists():
             soundfile.write(row["audio"], clip.waveform_S, sample_rate_hz, "PCM_16")
-            spectrogram_with_axes(clip.waveform_S, sample_rate_hz, 480, 200, text_size=12).save(row["spectrogram"])
+            picture = spectrogram_with_axes(clip.waveform_S, sample_rate_hz, 480, 200, text_size=12)
+            picture.quantize(256).save(row["spectrogram"])
     row["rank of a right one"] = example.rank
     for place, found in enumerate(example.found, start=1):
         mark = "right" if found.is_right else "wrong"

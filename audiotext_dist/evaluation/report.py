@@ -48,7 +48,9 @@ def flat_metrics(result: RetrievalResult) -> dict[str, float]:
 
 def write_results(results: Sequence[RetrievalResult], run_dir: Path) -> None:
     """``retrieval.json`` in the run folder."""
-    content = json.dumps([asdict(result) for result in results], indent=1)
+    # The examples have a file of their own.
+    lines = [{name: value for name, value in asdict(result).items() if name != "examples"} for result in results]
+    content = json.dumps(lines, indent=1)
     (run_dir / RESULTS_FILE).write_text(content + "\n", encoding="utf-8")
 
 

@@ -28,6 +28,7 @@ from audiotext_dist.data.workers import iterate
 from audiotext_dist.distributed import World, gather_items, raise_together
 from audiotext_dist.errors import UserError
 from audiotext_dist.evaluation.benchmarks import Coverage, coverage
+from audiotext_dist.evaluation.examples import Example, Rows, choose_examples
 from audiotext_dist.evaluation.metrics import chance_metrics, check_retrieval, mean_metrics, metrics_of_queries
 from audiotext_dist.models.dual_encoder import DualEncoder, Task, unit_length
 
@@ -48,13 +49,6 @@ class EmbeddedClip(NamedTuple):
     second_RD: NDArray[np.float32]
 
 
-class Rows(NamedTuple):
-    """One side of a set: every row's embedding, and the number of the clip that it belongs to."""
-
-    embeddings_RD: NDArray[np.float32]
-    clip_R: NDArray[np.int64]
-
-
 @dataclass(frozen=True, kw_only=True)
 class DirectionResult:
     """One direction's metrics with what chance would give."""
@@ -69,13 +63,14 @@ class DirectionResult:
 class RetrievalResult:
     """Both directions, by name: ``audio->text`` against own pairs, ``audio->text (labels)`` against a relevance.
 
-    coverage: how much of a published test set this is, where it is one.
+    coverage: how much of a published test set this is, where it is one. examples: queries of the second side.
     """
 
     set_name: str
     num_clips: int
     coverage: Coverage | None = None
     directions: dict[str, DirectionResult] = field(default_factory=dict)
+    examples: list[Example] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -90,6 +85,7 @@ def evaluate_set(
     batch_size: int,
     world: World,
     features: Features = NO_FEATURES,
+    num_examples: int = 0,
     frame: EvaluatedFrame = "middle",
 ) -> RetrievalResult:
     """Retrieval in both directions; every rank calls it, and gets the whole result.
@@ -132,12 +128,15 @@ def evaluate_set(
         result.directions[f"{query}->{item}"] = _score(
             rows[query], rows[item], _related(rows[query], rows[item]), world
         )
+    right = _related(rows[second], rows[first])
     if chosen.relevance is not None:
         related = _relations(chosen.relevance, clips, rows[first], rows[second])
         name = "labels" if chosen.relevance == LABEL_RELEVANCE else "truth"
         result.directions[f"{first}->{second} ({name})"] = _score(rows[first], rows[second], related, world)
-        inverse = _invert(related, len(rows[second].clip_R))
-        result.directions[f"{second}->{first} ({name})"] = _score(rows[second], rows[first], inverse, world)
+        right = _invert(related, len(rows[second].clip_R))
+        result.directions[f"{second}->{first} ({name})"] = _score(rows[second], rows[first], right, world)
+    keys = [clip.key for clip in clips]
+    result.examples.extend(choose_examples(keys, rows[second], rows[first], right, num_examples))
     return result
 
 

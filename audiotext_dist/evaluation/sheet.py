@@ -96,16 +96,12 @@ def _draw_row(sheet: Image.Image, draw: ImageDraw.ImageDraw, top: int, row: Shee
     for place, found in enumerate(row.found):
         left, colour = _found_left(place), _RIGHT if found.is_right else _WRONG
         draw.text((left, top), f"{found.score:.3f}", font=font(11, bold=True), fill=colour)
-        draw.text(
-            (left + _FOUND_WIDTH, top), "right" if found.is_right else "", font=font(11), fill=colour, anchor="ra"
-        )
+        if found.is_right:
+            draw.text((left + _FOUND_WIDTH, top), "right", font=font(11), fill=colour, anchor="ra")
         picture = found.picture.drawn(_FOUND_WIDTH, _PICTURE_HEIGHT)
         sheet.paste(picture, (left, pictures_top))
-        draw.rectangle(
-            [(left, pictures_top), (left + picture.width - 1, pictures_top + picture.height - 1)],
-            outline=colour,
-            width=2,
-        )
+        corner = (left + picture.width - 1, pictures_top + picture.height - 1)
+        draw.rectangle([(left, pictures_top), corner], outline=colour, width=2)
         _write(draw, (left, pictures_top + _PICTURE_HEIGHT + 2), found.text, font(10), _FOUND_WIDTH, 2, _INK)
 
 

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 WINDOW_SECONDS = 0.032
 LOWEST_HZ = 50.0
 RANGE_DB = 80.0
-_MARKED_KHZ = (0.1, 0.5, 2, 8)
+_MARKED_KHZ = (0.5, 2.0, 8.0)
 _INK, _PAPER = (60, 60, 60), (255, 255, 255)
 
 
@@ -65,19 +65,20 @@ def spectrogram_with_axes(
 ) -> Image.Image:
     """The same with time in s below and frequency in kHz at the left, all within width and height."""
     face = font(text_size)
-    left, below = round(3.4 * text_size), round(1.5 * text_size)
+    left, below = round(4.2 * text_size), round(1.5 * text_size)
     inner_width, inner_height = width - left - text_size, height - below - text_size // 2
     picture = Image.new("RGB", (width, height), _PAPER)
     top = text_size // 2
     picture.paste(spectrogram(waveform_S, sample_rate_hz, inner_width, inner_height), (left, top))
     draw = ImageDraw.Draw(picture)
     nyquist, lowest = _mel(sample_rate_hz / 2), _mel(LOWEST_HZ)
-    for khz in _MARKED_KHZ:
-        if 1000 * khz < sample_rate_hz / 2:
-            y = top + inner_height * (1 - (_mel(1000 * khz) - lowest) / (nyquist - lowest))
-            draw.line([(left - 3, y), (left, y)], fill=_INK)
-            draw.text((left - 5, y), f"{khz:g}", font=face, fill=_INK, anchor="rm")
-    draw.text((0, top + inner_height), "kHz", font=face, fill=_INK, anchor="lm")
+    top_khz = sample_rate_hz / 2000
+    # Those far enough below the top to be read.
+    for khz in [*(khz for khz in _MARKED_KHZ if khz < 0.7 * top_khz), top_khz]:
+        y = top + inner_height * (1 - (_mel(1000 * khz) - lowest) / (nyquist - lowest))
+        draw.line([(left - 3, y), (left, y)], fill=_INK)
+        label = f"{khz:g} kHz" if khz == top_khz else f"{khz:g}"
+        draw.text((left - 5, y), label, font=face, fill=_INK, anchor="rm")
     seconds = len(waveform_S) / sample_rate_hz
     for share in (0, 0.5, 1):
         x, y = left + share * (inner_width - 1), top + inner_height

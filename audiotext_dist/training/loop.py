@@ -18,7 +18,7 @@ from audiotext_dist.data.bad_samples import BadSampleCount
 from audiotext_dist.data.workers import in_step
 from audiotext_dist.distributed import any_over_ranks, barrier, gather_items
 from audiotext_dist.errors import UserError
-from audiotext_dist.evaluation import report
+from audiotext_dist.evaluation import examples, report
 from audiotext_dist.evaluation.retrieval import RetrievalResult
 from audiotext_dist.training import checkpoint
 from audiotext_dist.training.checkpoint import Progress
@@ -250,5 +250,14 @@ class _Run:
             self._saver.note_metrics(self._step, flat)
             if self._world.is_main:
                 report.write_results(self._results, Path(self._recipe.run_dir))
+                self._show_examples()
         barrier()
         return self._results
+
+    def _show_examples(self) -> None:
+        recipe, run_dir = self._recipe, Path(self._recipe.run_dir)
+        for result in self._results:
+            name, shards = result.set_name, self._prepared.validation_sets[result.set_name]
+            rows = examples.write_examples(result.examples, recipe.task, name, shards, recipe.data, run_dir)
+            picture = run_dir / examples.EXAMPLES_FOLDER / name / examples.SHEET_FILE
+            self._tracker.log_examples(self._step, name, rows, picture)

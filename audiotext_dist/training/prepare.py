@@ -91,6 +91,7 @@ class Prepared:
                 batch_size=self.recipe.evaluation.batch_size,
                 world=self.world,
                 features=self.validation_features[name],
+                num_examples=self.recipe.evaluation.num_examples,
                 frame=self.recipe.evaluation.frame,
             )
             for name, shards in self.validation_sets.items()

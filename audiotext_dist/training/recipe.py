@@ -82,14 +82,18 @@ class EvaluationConfig:
 
     frame: by which a clip is found in task=audio-image, the middle one or the best one for each pair; under
     loss.frame_match=multiframe it is always all of them (Temporal agreement, Eq. 4).
+    num_examples: queries whose results are shown with sound and picture, the same ones each time.
     """
 
     every_epochs: int = 1
     batch_size: int = 64  # clips a rank embeds at once
+    num_examples: int = 16
     frame: EvaluatedFrame = "middle"
 
     def __post_init__(self) -> None:
         require_positive(self, "evaluation", "every_epochs", "batch_size")
+        if self.num_examples < 0:
+            raise UserError(f"evaluation.num_examples={self.num_examples} must be 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

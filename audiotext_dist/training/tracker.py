@@ -1,15 +1,17 @@
 """Where a run's numbers go: JSON lines in the run folder, which are the truth, and W&B, which is the view.
 
-W&B goes online when there is a key and a network, offline otherwise; it never asks and never stops a run.
+W&B goes online when there is a key and a network, offline otherwise; it never asks and never stops a run. Should its
+service die or its disk be full, the run goes on without it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,12 +22,18 @@ from audiotext_dist import configuration, storage
 from audiotext_dist.errors import require_positive
 
 METRICS_FILE = "metrics.jsonl"
+# W&B gives up uploading so long after a run's end, and says with which command to do it later.
+FINISH_SECONDS = 120.0
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrackerConfig:
-    """Logging. wandb: ``auto`` is online when logged in, else offline; ``disabled`` writes JSON lines only."""
+    """Logging.
+
+    wandb: ``auto`` is online when logged in, else offline; ``disabled`` writes JSON lines only. every_steps: of which
+    one is logged; what concerns time and data is then over all of them.
+    """
 
     wandb: Literal["auto", "offline", "disabled"] = "auto"
     project: str = "audiotext-dist"
@@ -57,6 +65,7 @@ class Tracker:
     ) -> None:
         self._wandb: Any = None
         self._file: Any = None
+        self.wandb_id: str | None = wandb_id
         if not is_main:
             return
         path = run_dir / METRICS_FILE
@@ -68,19 +77,47 @@ class Tracker:
             self._wandb = _start_wandb(
                 config, run_dir, name=name, recipe=recipe, wandb_id=wandb_id, try_online=mode == "online"
             )
-
-    @property
-    def wandb_id(self) -> str | None:
-        """The W&B run's id, None where W&B is off."""
-        return None if self._wandb is None else str(self._wandb.id)
+        if self._wandb is not None:
+            self.wandb_id = str(self._wandb.id)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one line: ``{"trainer/step": step, name: value, ...}``."""
         line = {"trainer/step": step, **metrics}
         if self._file is not None:
             self._write((json.dumps(line) + "\n").encode())
-        if self._wandb is not None:
-            self._wandb.log(line)
+        self._tell_wandb(lambda run: run.log(line))
+
+    def log_examples(self, step: int, name: str, rows: Sequence[Mapping[str, Any]], picture: Path) -> None:
+        """Show a table, whose paths are sounds and pictures, and a picture of it; to W&B alone, the files are there."""
+        if not rows:
+            return
+        columns: list[str | int] = list(dict.fromkeys(column for row in rows for column in row))
+
+        def show(run: Any) -> None:
+            table = wandb.Table(
+                columns=columns, data=[[_media(row.get(str(column))) for column in columns] for row in rows]
+            )
+            run.log({"trainer/step": step, f"examples/{name}": table, f"examples/{name} sheet": _media(picture)})
+
+        self._tell_wandb(show)
+
+    def _tell_wandb(self, what: Callable[[Any], object]) -> None:
+        """Do something with the W&B run, if there is one; what goes wrong there is the end of it, not of training."""
+        if self._wandb is None:
+            return
+        try:
+            what(self._wandb)
+        # Its service raises what it likes: OSErrors of a lost connection, its own errors, those of a full disk.
+        except Exception as error:
+            _log.warning(
+                "W&B has stopped (%s): the run goes on, %s has every step",
+                str(error).partition("\n")[0] or type(error).__name__,
+                METRICS_FILE,
+            )
+            self._wandb = None
+            # Or its farewell at the process's end would fail in the same way, with a traceback.
+            with contextlib.suppress(Exception):
+                wandb.teardown()
 
     def _write(self, line: bytes) -> None:
         """A line, or nothing of it: a disk that is full costs lines, not the run."""
@@ -98,15 +135,25 @@ class Tracker:
         if self._file is not None:
             self._file.close()
         if self._wandb is not None:
-            self._wandb.finish()
-            if self._wandb.settings.mode == "offline":
-                _log.info("W&B is offline; upload with: wandb sync %s", Path(self._wandb.dir).parent)
+            folder, is_offline = Path(self._wandb.dir).parent, self._wandb.settings.mode == "offline"
+            self._tell_wandb(lambda run: run.finish())
+            if is_offline:
+                _log.info("W&B is offline; upload with: wandb sync %s", folder)
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
     """Every line of a run's metrics."""
     with (run_dir / METRICS_FILE).open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
+
+
+def _media(value: Any) -> Any:
+    match value:
+        case Path(suffix=".flac"):
+            return wandb.Audio(str(value))
+        case Path():
+            return wandb.Image(str(value))
+    return value
 
 
 def _cut_after(path: Path, step: int) -> None:
@@ -142,11 +189,13 @@ def _start_wandb(
             dir=run_dir,
             config=configuration.to_dict(recipe),
             mode=mode,
-            settings=wandb.Settings(silent=True, init_timeout=20),
+            settings=wandb.Settings(silent=True, init_timeout=20, finish_timeout=FINISH_SECONDS),
         )
         run.define_metric("*", step_metric="trainer/step")
         return run
 
+    # What waits for an upload lies in the run folder, not in a home that may be small, or on another node.
+    os.environ.setdefault("WANDB_DATA_DIR", str(run_dir.resolve() / "wandb"))
     if try_online:
         try:
             # Raises with a key but no network; without a key it only says no.
