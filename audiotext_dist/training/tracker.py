@@ -11,6 +11,7 @@ import errno
 import json
 import logging
 import os
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,7 @@ class Tracker:
     ) -> None:
         self._wandb: Any = None
         self._file: Any = None
+        self._offline_folder: Path | None = None
         self.wandb_id: str | None = wandb_id
         if not is_main:
             return
@@ -79,6 +81,8 @@ class Tracker:
             )
         if self._wandb is not None:
             self.wandb_id = str(self._wandb.id)
+            if self._wandb.settings.mode == "offline":
+                self._offline_folder = Path(self._wandb.dir).resolve().parent
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one line: ``{"trainer/step": step, name: value, ...}``."""
@@ -94,9 +98,8 @@ class Tracker:
         columns: list[str | int] = list(dict.fromkeys(column for row in rows for column in row))
 
         def show(run: Any) -> None:
-            table = wandb.Table(
-                columns=columns, data=[[_media(row.get(str(column))) for column in columns] for row in rows]
-            )
+            data = [[_media(row.get(str(column))) for column in columns] for row in rows]
+            table = wandb.Table(columns=columns, data=data)
             run.log({"trainer/step": step, f"examples/{name}": table, f"examples/{name} sheet": _media(picture)})
 
         self._tell_wandb(show)
@@ -134,11 +137,9 @@ class Tracker:
         """Finish the files; names the command that uploads an offline run."""
         if self._file is not None:
             self._file.close()
-        if self._wandb is not None:
-            folder, is_offline = Path(self._wandb.dir).parent, self._wandb.settings.mode == "offline"
-            self._tell_wandb(lambda run: run.finish())
-            if is_offline:
-                _log.info("W&B is offline; upload with: wandb sync %s", folder)
+        self._tell_wandb(lambda run: run.finish())
+        if self._offline_folder is not None:
+            _log.info("W&B is offline; upload with: wandb sync %s", shlex.quote(str(self._offline_folder)))
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
@@ -189,7 +190,8 @@ def _start_wandb(
             dir=run_dir,
             config=configuration.to_dict(recipe),
             mode=mode,
-            settings=wandb.Settings(silent=True, init_timeout=20, finish_timeout=FINISH_SECONDS),
+            # Were the console W&B's to copy, each line printed after its service has died would fail.
+            settings=wandb.Settings(silent=True, console="off", init_timeout=20, finish_timeout=FINISH_SECONDS),
         )
         run.define_metric("*", step_metric="trainer/step")
         return run
