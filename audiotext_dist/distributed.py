@@ -70,12 +70,13 @@ def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return total / dist.get_world_size()
 
 
-def min_and_max_over_ranks(value: float, device: torch.device) -> tuple[float, float]:
-    """The least and the greatest of a number over all ranks."""
-    both = torch.tensor([-value, value], dtype=torch.float64, device=device)
+def max_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
+    """The greatest over ranks of each of some numbers, as many on every rank."""
+    greatest = torch.tensor(values, dtype=torch.float64, device=device)
     if is_parallel():
-        dist.all_reduce(both, op=dist.ReduceOp.MAX)
-    return -float(both[0]), float(both[1])
+        dist.all_reduce(greatest, op=dist.ReduceOp.MAX)
+    found: list[float] = greatest.tolist()
+    return found
 
 
 def sums_over_ranks(values: Sequence[int], device: torch.device) -> list[int]:

@@ -99,9 +99,15 @@ class Engine:
         self.num_micro_batches = int(config["gradient_accumulation_steps"])
         self.loss_scale = loss_scale
         self._zero_stage = int(config["zero_optimization"]["stage"])
-        if isinstance(optimizer, LARS) and self._zero_stage:
-            note_fragments(optimizer, self._optimizer)
+        self._lars = optimizer if isinstance(optimizer, LARS) else None
+        if self._lars is not None and self._zero_stage:
+            note_fragments(self._lars, self._optimizer)
         self._state = OptimizerState(model, self._optimizer, zero_stage=self._zero_stage)
+
+    def optimizer_metrics(self) -> dict[str, float]:
+        """What the optimizer says of its last update: LARS' trust ratios, over its matrices."""
+        ratios = {} if self._lars is None else self._lars.trust_ratios()
+        return {f"optim/{name}": ratio for name, ratio in ratios.items()}
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

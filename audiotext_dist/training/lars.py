@@ -40,6 +40,7 @@ class LARS(torch.optim.Optimizer):
             {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust_coefficient": trust_coefficient},
         )
         self._fragments: dict[torch.Tensor, Sequence[Fragment]] = {}
+        self._last_ratios: list[torch.Tensor] = []
 
     def note_fragments(self, flat: torch.Tensor, fragments: Sequence[Fragment]) -> None:
         """Say that ``flat``, among the parameters, is this rank's share of whole ones, as many on every rank.
@@ -47,6 +48,14 @@ class LARS(torch.optim.Optimizer):
         From then on every ``step`` is a collective: a parameter's norm is that of its fragments on all ranks.
         """
         self._fragments[flat] = fragments
+
+    def trust_ratios(self) -> dict[str, float]:
+        """Least, median and greatest trust ratio of the last ``step``, the same on every rank; empty before it."""
+        if not self._last_ratios:
+            return {}
+        ratios = torch.cat(self._last_ratios)
+        summary = torch.stack([ratios.min(), ratios.median(), ratios.max()]).tolist()
+        return dict(zip(("trust_ratio_min", "trust_ratio_median", "trust_ratio_max"), summary, strict=True))
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -58,6 +67,7 @@ class LARS(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One update of every parameter that has a gradient."""
         loss = closure() if closure is not None else None
+        self._last_ratios.clear()
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -87,6 +97,7 @@ class LARS(torch.optim.Optimizer):
         ratio_P = coefficient * norm_P / update_norm_P
         # 1 where either norm is zero.
         ratio_P = ratio_P.where((norm_P > 0) & (update_norm_P > 0), 1.0)
+        self._last_ratios.append(ratio_P)
         for place, ratio in zip(matrices, ratio_P, strict=True):
             update[place].mul_(ratio)
         return update

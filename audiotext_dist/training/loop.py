@@ -191,7 +191,8 @@ class _Run:
                 **self._health.metrics(),
                 "train/epoch": epoch,
                 **learning_rates,
-                **{f"data/{name}": value for name, value in read.items()},
+                **self._engine.optimizer_metrics(),
+                **read,
                 **{f"data/{name}": count for name, count in self._bad_samples.check().items()},
             },
         )

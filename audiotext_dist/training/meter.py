@@ -1,4 +1,4 @@
-"""What the data cost, over all ranks."""
+"""What the data and memory cost, over all ranks."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from collections.abc import Iterator
 
 from audiotext_dist.data.batch import Batch
 from audiotext_dist.data.read_counts import ReadCounts
-from audiotext_dist.distributed import World, min_and_max_over_ranks, sums_over_ranks
+from audiotext_dist.distributed import World, max_over_ranks, sums_over_ranks
+from audiotext_dist.memory import memory_bytes
 
 
 class Meter:
-    """What the data cost since it was last read: clips a second, share of time that ranks wait, bytes, cache."""
+    """What the data cost since it was last read: clips a second, share of time that ranks wait, bytes, cache.
+
+    Beside it the memory of the rank that holds most: see ``memory.memory_bytes``.
+    """
 
     def __init__(self, world: World, global_batch_size: int) -> None:
         self._world, self._global_batch_size = world, global_batch_size
@@ -45,18 +49,20 @@ class Meter:
         """Name -> figure over all ranks; starts anew. Bytes are those of the workers, which are some batches ahead."""
         now = time.perf_counter()
         seconds = now - self._start
-        least, greatest = min_and_max_over_ranks(self._waited_seconds / seconds, self._world.device)
+        waiting_share, memory = self._waited_seconds / seconds, memory_bytes(self._world.device)
+        less, most, *most_bytes = max_over_ranks([-waiting_share, waiting_share, *memory.values()], self._world.device)
         sums = sums_over_ranks(dataclasses.astuple(self._counts), self._world.device)
         counts = ReadCounts(*sums)
         figures = {
-            "clips_per_second": self._num_batches * self._global_batch_size / seconds,
-            "waiting_share_min": least,
-            "waiting_share_max": greatest,
-            "read_bytes_per_second": counts.bytes_read / seconds,
-            "fetched_bytes_per_second": counts.bytes_fetched / seconds,
-            "cache_hits": counts.cache_hits,
-            "cache_misses": counts.cache_misses,
-            "prefetch_waits": counts.prefetch_waits,
+            "data/clips_per_second": self._num_batches * self._global_batch_size / seconds,
+            "data/waiting_share_min": -less,
+            "data/waiting_share_max": most,
+            "data/read_bytes_per_second": counts.bytes_read / seconds,
+            "data/fetched_bytes_per_second": counts.bytes_fetched / seconds,
+            "data/cache_hits": counts.cache_hits,
+            "data/cache_misses": counts.cache_misses,
+            "data/prefetch_waits": counts.prefetch_waits,
+            **{f"memory/{name}": num_bytes for name, num_bytes in zip(memory, most_bytes, strict=True)},
         }
         self._start, self._waited_seconds, self._num_batches, self._counts = now, 0.0, 0, ReadCounts()
         return figures

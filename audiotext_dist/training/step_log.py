@@ -22,11 +22,12 @@ def step_metrics(result: StepResult) -> dict[str, float]:
 
 def progress_line(epoch: float, loss: float, learning_rate: float, read: Mapping[str, float]) -> str:
     """One line for people; ``read``: from ``Meter.read``."""
+    cached = [read[f"data/{name}"] for name in ("cache_hits", "cache_misses", "prefetch_waits")]
     shown = (
         f"epoch {epoch:.1f}, loss {loss:.3f}, lr {learning_rate:.1e}, "
-        f"{read['clips_per_second']:.0f} clips/s, {read['read_bytes_per_second'] / 1e6:.1f} MB/s, "
-        f"waiting {100 * read['waiting_share_max']:.0f}%"
+        f"{read['data/clips_per_second']:.0f} clips/s, {read['data/read_bytes_per_second'] / 1e6:.1f} MB/s, "
+        f"waiting {100 * read['data/waiting_share_max']:.0f}%"
     )
-    if read["cache_hits"] + read["cache_misses"] + read["prefetch_waits"]:
-        shown += f", fetched {read['fetched_bytes_per_second'] / 1e6:.1f} MB/s, waits {read['prefetch_waits']:.0f}"
+    if sum(cached):
+        shown += f", fetched {read['data/fetched_bytes_per_second'] / 1e6:.1f} MB/s, waits {cached[-1]:.0f}"
     return shown

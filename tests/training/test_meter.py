@@ -39,7 +39,10 @@ def test_the_meter_adds_what_the_workers_counted_and_starts_anew() -> None:
     second = ReadCounts(bytes_read=300, bytes_fetched=0, cache_hits=10, cache_misses=0, prefetch_waits=1)
     assert len(list(meter.waiting_for(iter([batch_with(first), batch_with(second)])))) == 2
     read = meter.read()
-    assert (read["cache_hits"], read["cache_misses"], read["prefetch_waits"]) == (11, 2, 4)
-    assert round(read["read_bytes_per_second"] / read["fetched_bytes_per_second"], 6) == 0.4
-    assert round(read["read_bytes_per_second"] / read["clips_per_second"], 6) == 50
-    assert not any(meter.read()[name] for name in read if "cache" in name or "bytes" in name or "waits" in name)
+    assert (read["data/cache_hits"], read["data/cache_misses"], read["data/prefetch_waits"]) == (11, 2, 4)
+    assert round(read["data/read_bytes_per_second"] / read["data/fetched_bytes_per_second"], 6) == 0.4
+    assert round(read["data/read_bytes_per_second"] / read["data/clips_per_second"], 6) == 50
+    assert read["memory/resident_bytes"] > 1e7
+    counted = ("cache", "bytes", "waits")
+    again = {name: value for name, value in meter.read().items() if name.startswith("data/")}
+    assert not any(value for name, value in again.items() if any(word in name for word in counted))

@@ -78,6 +78,18 @@ def test_table_i_of_temporal_agreement_for_50_steps():
         torch.testing.assert_close(parameter.double(), values[name], rtol=1e-6, atol=1e-6)
 
 
+def test_lars_tells_the_trust_ratios_of_its_matrices():
+    shapes = [((2, 2), 1.0), ((3, 1), 8.0), ((2, 1), 2.0), ((4,), 1.0)]
+    parameters = [torch.full(shape, value).requires_grad_() for shape, value in shapes]
+    optimizer = LARS(parameters, lr=1.0, trust_coefficient=0.5)
+    assert optimizer.trust_ratios() == {}
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 2.0)
+    optimizer.step()
+    expected = {"trust_ratio_min": 0.25, "trust_ratio_median": 0.5, "trust_ratio_max": 2.0}
+    assert optimizer.trust_ratios() == pytest.approx(expected)
+
+
 def test_lars_moves_a_zero_matrix_by_the_plain_rate():
     parameter = nn.Parameter(torch.zeros(2, 2))
     parameter.grad = torch.ones(2, 2)
