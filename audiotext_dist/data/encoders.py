@@ -17,6 +17,8 @@ from audiotext_dist.models.dual_encoder import DualEncoder, ModelConfig
 Modality = Literal["audio", "image", "text"]
 # Where a tower's weights came from; the digest of the weights says it better.
 _ORIGIN_KEYS = {"pretrained", "sha256", "init", "init_from_image", "frozen"}
+# Groups of settings in a tower's configuration, of which that of its own kind counts.
+_KINDS = {"passt", "mobilenet", "atst", "transformers"}
 
 
 @dataclass(frozen=True, kw_only=True)

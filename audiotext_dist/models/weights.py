@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from audiotext_dist import storage
 from audiotext_dist.errors import UserError
 from audiotext_dist.models.clip import WHAT_BROKEN_WEIGHTS_RAISE
+from audiotext_dist.retry import RetryConfig
 
 _log = logging.getLogger(__name__)
 Network = Literal["passt", "mobilenet", "atst"]
@@ -103,8 +104,9 @@ def _fetched(url: str) -> Path:
     with storage.claimed(str(file), wait=True):
         if not file.is_file():
             try:
-                with storage.atomic_local_file(file) as temporary:
-                    storage.copy(url, str(temporary))
+                with storage.atomic_local_file(file) as temporary, temporary.open("wb") as target:
+                    for _, block in storage.blocks(url, 0, RetryConfig()):
+                        target.write(block)
             except (FileNotFoundError, UserError) as error:
                 raise UserError(
                     f"cannot fetch {storage.public_name(url)} ({error}): put it at {file} from where there is a "
