@@ -121,7 +121,7 @@ def _listed_shards(folder: str, pattern: str, listed: pyarrow.Table, retry: Retr
         chosen = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
         # To list a bucket of so many takes a request a thousand.
         present = [] if storage.is_remote(folder) else storage.list_files(folder or ".", SHARD_SUFFIX)
-        strangers = {Path(path).name for path in present} - set(names)
+        strangers = {path.rpartition("/")[2] for path in present} - set(names)
     else:
         chosen = storage.expand_braces(pattern)
         strangers = set(chosen) - set(names)
@@ -132,17 +132,23 @@ def _listed_shards(folder: str, pattern: str, listed: pyarrow.Table, retry: Retr
         )
     if not chosen:
         raise UserError(f"no {pattern} in the {LIST_NAME} of {storage.public_name(folder)}: check the path")
-    columns = {name: listed[name].to_pylist() for name in listed.column_names if name != "name"}
-    columns["members"] = list(map(sys.intern, columns["members"]))
-    row_of = {name: row for row, name in enumerate(names)}
-    return [
-        Shard(
+    shard_of = {
+        name: Shard(
             path=f"{folder}/{name}" if folder else name,
+            num_samples=num_samples,
+            num_bytes=num_bytes,
+            sha256=sha256,
+            index_sha256=index_sha256,
+            members=sys.intern(members),
+            num_captioned=num_captioned,
+            sample_rate_hz=sample_rate_hz,
             retry=retry,
-            **{column: values[row_of[name]] for column, values in columns.items()},
         )
-        for name in chosen
-    ]
+        for name, num_samples, num_bytes, sha256, index_sha256, members, num_captioned, sample_rate_hz in zip(
+            *(column.to_pylist() for column in listed.columns), strict=True
+        )
+    }
+    return [shard_of[name] for name in chosen]
 
 
 def _indexed_shards(spec: str, cache: NodeCache) -> list[Shard]:

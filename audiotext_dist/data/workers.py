@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import signal
 from collections.abc import Iterator
 from typing import Protocol
@@ -87,6 +88,8 @@ def _made_by_workers(batches: Batches, numbers: range, num_workers: int) -> Iter
 
 def _start_worker(_: int) -> None:
     keep_freed_memory()
+    # What came along by the fork, a large set's shards above all, is shared memory until the collector marks it.
+    gc.freeze()
     # A launcher signals workers as well; a rank that is asked to stop still needs its own until the step's end.
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
