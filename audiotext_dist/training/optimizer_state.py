@@ -94,8 +94,9 @@ class OptimizerState:
     def _put(self, number: int, parameter: nn.Parameter, key: str, whole: torch.Tensor) -> None:
         updated, state = self._torch_state(number, parameter)
         if whole.dim() == 0:
-            # Adam's count of updates, which its sums over the whole group share; PyTorch keeps it on the CPU.
-            state[key] = whole.clone()
+            # Adam's count of updates, which its sums over the whole group share; a fused one reads it on the device.
+            is_fused = self._optimizer.param_groups[number].get("fused")
+            state[key] = whole.to(updated.device if is_fused else "cpu", copy=True)
         elif not self._zero_stage:
             state[key] = whole.to(parameter.device)
         else:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from audiotext_dist.errors import UserError
+from audiotext_dist.models.dual_encoder import build_model
 from audiotext_dist.training.optim import (
     LARS,
     OptimConfig,
@@ -17,6 +18,7 @@ from audiotext_dist.training.optim import (
     set_learning_rates,
 )
 from audiotext_dist.training.recipe import read_recipe
+from tests.training.runs import SMALL
 
 RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
 
@@ -135,6 +137,28 @@ def test_rates_by_the_beginning_of_names():
     assert named_learning_rates(optimizer.param_groups)["optim/bias_lr_x0.1"] == 0.025
     with pytest.raises(UserError, match=r"optim\.lr_scales\.audi is the beginning of no parameter's name"):
         build_optimizer(model, OptimConfig(lr_scales={"audi": 0.1}), global_batch_size=8)
+
+
+def test_encoder_and_projection_have_own_rates_and_biases_and_norms_no_decay() -> None:
+    scales = ["optim.lr_scales={audio: 0.1, audio.transformer.proj: 2}"]
+    words = ["optim.weight_lr=1", "optim.bias_lr=0.5", "optim.weight_decay=0.2", "data.train.own.shards=none"]
+    recipe = read_recipe([*SMALL, *scales, *words])
+    model = build_model(recipe.model, recipe.task, recipe.data.sample_rate_hz)
+    groups = build_optimizer(model, recipe.optim, global_batch_size=12).param_groups
+    found = {id(parameter): group for group in groups for parameter in group["params"]}
+    how = {
+        name: (found[id(parameter)]["peak_lr"], found[id(parameter)]["weight_decay"])
+        for name, parameter in model.named_parameters()
+    }
+    assert how["audio.transformer.proj"] == (2, 0.2)
+    assert how["audio.transformer.transformer.resblocks.0.attn.in_proj_weight"] == (0.1, 0.2)
+    assert how["audio.transformer.transformer.resblocks.0.attn.in_proj_bias"] == (0.05, 0)
+    assert how["audio.transformer.ln_post.weight"] == (0.05, 0)
+    assert how["text.transformer.text_projection"] == (1, 0.2)
+    assert how["text.transformer.ln_final.bias"] == (0.5, 0)
+    assert how["logit_scale"] == (0.5, 0)
+    with pytest.raises(UserError, match="names with dots go in braces"):
+        read_recipe([*SMALL, "optim.lr_scales.audio.transformer.proj=2", *words])
 
 
 def test_schedule_warms_up_and_falls_as_a_cosine():
