@@ -106,8 +106,13 @@ def _build(recipe: Recipe, run: str, weights: str) -> DualEncoder:
     config, has = recipe.model.without_weights(), read_run_recipe(Path(run)).task.split("-")
     if recipe.task.split("-") == has:
         model = build_model(config, recipe.task, recipe.data.sample_rate_hz, recipe.training.autocast_dtype)
-        load_model(model, weights)
+        load_model(model, weights, ema=recipe.evaluation.ema)
         return model
+    if not recipe.evaluation.ema:
+        raise UserError(
+            f"evaluation.ema=false with task={recipe.task}, which {run} was not trained for: give "
+            "weights=RUN/checkpoints/STEP/model.safetensors"
+        )
     for modality in set(recipe.task.split("-")) - set(has):
         tower = getattr(recipe.model, modality)
         if tower.init is None and tower.pretrained is None:

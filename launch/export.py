@@ -14,9 +14,10 @@ from audiotext_dist.training.recipe import read_run_recipe
 
 HELP = """Export a run's newest checkpoint.
 
-    python launch/export.py run=runs/NAME out=FOLDER
+    python launch/export.py run=runs/NAME out=FOLDER [ema=false]
 
-Writes model.safetensors (every weight; the towers lie under audio., image. and text.) and recipe.yaml. The folder
+Of a run with training.ema_decay the averaged weights are taken, unless ema=false. Writes model.safetensors (every
+weight; the towers lie under audio., image. and text.) and recipe.yaml. The folder
 serves wherever a run folder does: model.audio.init=FOLDER, launch/evaluate.py run=FOLDER.
 """
 
@@ -28,14 +29,15 @@ def main() -> None:
         print(HELP)
         return
     own = dict(word.partition("=")[::2] for word in words)
-    if own.keys() != {"run", "out"}:
-        raise UserError("give exactly run=FOLDER and out=FOLDER")
+    ema = own.pop("ema", "true")
+    if own.keys() != {"run", "out"} or ema not in ("true", "false"):
+        raise UserError("give exactly run=FOLDER and out=FOLDER, and ema=false where you like")
     if storage.is_remote(own["out"]):
         raise UserError(f"out={storage.public_name(own['out'])} is remote: export into a local folder and copy it")
     recipe = read_run_recipe(Path(own["run"]))
     out = Path(own["out"])
     out.mkdir(parents=True, exist_ok=True)
-    weights = read_weights(own["run"])
+    weights = read_weights(own["run"], ema=ema == "true")
     with storage.atomic_local_file(out / MODEL_FILE) as temporary:
         save_file(weights, temporary)
         make_readable(temporary)

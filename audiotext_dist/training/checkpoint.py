@@ -2,6 +2,7 @@
 
     run_dir/checkpoints/step-00000100/
         model.safetensors     every weight of the model, readable without DeepSpeed
+        ema.safetensors       moving averages of the trained weights, with training.ema_decay
         optimizer.safetensors what the optimizer holds of every parameter, whole
         progress.json         step, epoch, batch, world size, W&B run
         recipe.yaml           the resolved recipe
@@ -42,6 +43,7 @@ from audiotext_dist.training.loss_scale import LossScale
 
 CHECKPOINTS = "checkpoints"
 MODEL_FILE = "model.safetensors"
+_EMA_FILE = "ema.safetensors"
 _OPTIMIZER_FILE = "optimizer.safetensors"
 RECIPE_FILE = "recipe.yaml"
 MANIFEST = "manifest.json"
@@ -102,9 +104,12 @@ def save(
     saved: Path | None = None
     if world.is_main:
         weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+        files = {MODEL_FILE: weights, _OPTIMIZER_FILE: optimizer_state}
+        if engine.ema is not None:
+            files[_EMA_FILE] = engine.ema.state()
         partial = run_dir / CHECKPOINTS / f".{name_of(progress.step)}.partial"
         try:
-            _write(partial, weights, optimizer_state, progress, recipe_yaml)
+            _write(partial, files, progress, recipe_yaml)
             saved = _give_name(partial, run_dir)
         except (OSError, UserError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
@@ -116,15 +121,14 @@ def save(
 
 def _write(
     partial: Path,
-    weights: dict[str, torch.Tensor],
-    optimizer_state: dict[str, torch.Tensor],
+    files: dict[str, dict[str, torch.Tensor]],
     progress: Progress,
     recipe_yaml: str,
 ) -> None:
     """All files of a checkpoint, the manifest of what the disk then holds last."""
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for file, tensors in ((MODEL_FILE, weights), (_OPTIMIZER_FILE, optimizer_state)):
+    for file, tensors in files.items():
         save_file(tensors, partial / file)
         make_readable(partial / file)
     storage.write_bytes(str(partial / _PROGRESS), json.dumps(asdict(progress)).encode())
@@ -173,6 +177,9 @@ def load(engine: Engine, model: nn.Module, checkpoint: Path, start: Progress) ->
     progress.check_fits(start, str(checkpoint))
     _load_strictly(model, load_file(checkpoint / MODEL_FILE), str(checkpoint))
     engine.load_optimizer_state(load_file(checkpoint / _OPTIMIZER_FILE))
+    if engine.ema is not None:
+        averages = checkpoint / _EMA_FILE
+        engine.ema.load(load_file(averages) if averages.is_file() else None)
     if engine.loss_scale is not None and progress.loss_scale is not None:
         engine.loss_scale = progress.loss_scale
     return progress
@@ -209,13 +216,13 @@ def read_progress(checkpoint: Path) -> Progress:
         raise UserError(f"{checkpoint} is of another version of this program: start under a new run_dir") from None
 
 
-def load_model(model: nn.Module, source: str) -> None:
+def load_model(model: nn.Module, source: str, *, ema: bool = True) -> None:
     """Load every weight of a model from where ``read_weights`` finds them.
 
     Raises:
         UserError: nothing there, or weights of another model.
     """
-    _load_strictly(model, read_weights(source), f"the weights at {source}")
+    _load_strictly(model, read_weights(source, ema=ema), f"the weights at {source}")
 
 
 def load_tower(tower: nn.Module, modality: str, source: str) -> None:
@@ -231,19 +238,19 @@ def load_tower(tower: nn.Module, modality: str, source: str) -> None:
     _load_strictly(tower, weights, f"the {modality} tower of {source}")
 
 
-def read_weights(source: str) -> dict[str, torch.Tensor]:
-    """Weights from what ``weights_folder`` takes, or a .safetensors file.
+def read_weights(source: str, *, ema: bool = True) -> dict[str, torch.Tensor]:
+    """Weights from what ``weights_folder`` takes, averaged where it holds averages and ``ema``; or a .safetensors file.
 
     Raises:
         UserError: nothing of the kind there.
     """
-    path = weights_folder(Path(source))
-    if path.is_dir():
-        path = path / MODEL_FILE
+    folder = weights_folder(Path(source))
+    path = folder / MODEL_FILE if folder.is_dir() else folder
     if not path.is_file():
         raise UserError(f"no weights at {source}: give a run folder, a checkpoint folder or a .safetensors file")
+    averages = folder / _EMA_FILE
     try:
-        return load_file(path)
+        return load_file(path) | (load_file(averages) if ema and averages.is_file() else {})
     except SafetensorError as error:
         raise UserError(f"{path} is no safetensors file ({error}): export it again") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from audiotext_dist.distributed import World
+from audiotext_dist.training.ema import Ema
 from audiotext_dist.training.lars import LARS
 from audiotext_dist.training.loss_scale import LossScale
 from audiotext_dist.training.optimizer_state import OptimizerState, note_fragments
@@ -80,6 +82,7 @@ class Engine:
     Args:
         config: from ``engine_config.deepspeed_config``.
         loss_scale: to start with; None scales no loss.
+        ema: follows every update; None where no average is wanted.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class Engine:
         optimizer: torch.optim.Optimizer,
         config: dict[str, Any],
         loss_scale: LossScale | None = None,
+        ema: Ema | None = None,
     ) -> None:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model,
@@ -97,7 +101,7 @@ class Engine:
             config=config,
         )
         self.num_micro_batches = int(config["gradient_accumulation_steps"])
-        self.loss_scale = loss_scale
+        self.loss_scale, self.ema = loss_scale, ema
         self._zero_stage = int(config["zero_optimization"]["stage"])
         self._lars = optimizer if isinstance(optimizer, LARS) else None
         if self._lars is not None and self._zero_stage:
@@ -142,6 +146,8 @@ class Engine:
         norm = self._step_zero() if self._zero_stage else self._step_plain()
         if self.loss_scale is not None:
             self.loss_scale = self.loss_scale.after(overflow=not math.isfinite(norm))
+        if self.ema is not None and math.isfinite(norm):
+            self.ema.update()
         return norm
 
     def _step_zero(self) -> float:
@@ -166,6 +172,10 @@ class Engine:
     def train(self) -> None:
         """Training mode."""
         self._engine.train()
+
+    def averaged_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the model has the averages of its weights, where they are kept."""
+        return contextlib.nullcontext() if self.ema is None else self.ema.in_the_model()
 
     def optimizer_state(self, *, on_this_rank: bool) -> dict[str, torch.Tensor]:
         """See ``OptimizerState.gathered``."""

@@ -6,6 +6,7 @@ learning rate, update, log, checkpoint, evaluate.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import sys
@@ -22,6 +23,7 @@ from audiotext_dist.evaluation import examples, report
 from audiotext_dist.evaluation.retrieval import RetrievalResult
 from audiotext_dist.training import checkpoint
 from audiotext_dist.training.checkpoint import Progress
+from audiotext_dist.training.ema import Ema
 from audiotext_dist.training.engine import Engine, start_process_group
 from audiotext_dist.training.health import HealthWatch
 from audiotext_dist.training.heartbeat import Heartbeat
@@ -67,6 +69,7 @@ def _train(prepared: Prepared, stop: StopRequest) -> list[RetrievalResult]:
         build_optimizer(model, recipe.optim, global_batch_size=recipe.training.global_batch_size),
         prepared.deepspeed_config(),
         LossScale() if recipe.training.precision == "fp16" else None,
+        None if recipe.training.ema_decay is None else Ema(model, recipe.training.ema_decay),
     )
     progress = prepared.start()
     if recipe.training.resume == "auto":
@@ -244,7 +247,8 @@ class _Run:
         if self._evaluated_step == self._step:
             return self._results
         self._evaluated_step = self._step
-        self._results = self._prepared.evaluate()
+        with self._engine.averaged_weights() if self._recipe.evaluation.ema else contextlib.nullcontext():
+            self._results = self._prepared.evaluate()
         if self._results:
             flat = {key: value for result in self._results for key, value in report.flat_metrics(result).items()}
             self._tracker.log(self._step, flat)

@@ -40,6 +40,8 @@ class TrainingConfig:
     precision: what the towers compute in; weights, optimizer, gradients' sums and the loss's own sums are float32 in
     any case. fp16 scales the loss by a factor that finds its own size.
     resume: ``auto`` goes on from the newest complete checkpoint in run_dir, or starts where there is none.
+    ema_decay: of the moving average of the weights, such as 0.9999; null keeps none. Evaluation and export take the
+    average where there is one (unless evaluation.ema=false, or ema=false), and so do other runs that start from this.
     max_sick_steps_in_a_row: a step whose loss or gradient is not finite is skipped; more of them in a row end the run.
     spike_ratio: a loss above so many times the median of the last 32 is a spike: counted, logged, and left out with
     skip_spikes.
@@ -50,6 +52,7 @@ class TrainingConfig:
     global_batch_size: int = 64
     micro_batch_size: int | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    ema_decay: float | None = None
     seed: int = 0
     resume: Literal["auto", "never"] = "never"
     max_sick_steps_in_a_row: int = 10
@@ -64,6 +67,8 @@ class TrainingConfig:
             raise UserError(f"training.max_sick_steps_in_a_row={self.max_sick_steps_in_a_row} must not be negative")
         if self.seed < 0:
             raise UserError(f"training.seed={self.seed} must not be negative")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise UserError(f"training.ema_decay={self.ema_decay} must lie in [0, 1)")
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
@@ -80,6 +85,7 @@ class TrainingConfig:
 class EvaluationConfig:
     """When and how data.validation is evaluated.
 
+    ema: with the averaged weights, where the run has them.
     frame: by which a clip is found in task=audio-image, the middle one or the best one for each pair; under
     loss.frame_match=multiframe it is always all of them (Temporal agreement, Eq. 4).
     num_examples: queries whose results are shown with sound and picture, the same ones each time.
@@ -88,6 +94,7 @@ class EvaluationConfig:
     every_epochs: int = 1
     batch_size: int = 64  # clips a rank embeds at once
     num_examples: int = 16
+    ema: bool = True
     frame: EvaluatedFrame = "middle"
 
     def __post_init__(self) -> None:

@@ -125,9 +125,10 @@ def _faulty_step(prepared: Prepared, rank: int, faults: Sequence[Fault], states:
 
 
 def _digest(engine: Any, model: Any) -> str:
-    """Of every weight and every number of the optimizer on this rank."""
+    """Of every weight, average and number of the optimizer on this rank."""
     digest = hashlib.sha256()
-    for tensor in model.state_dict().values():
+    averages = {} if engine.ema is None else engine.ema.state()
+    for tensor in [*model.state_dict().values(), *averages.values()]:
         digest.update(tensor.numpy().tobytes())
     for group in engine.param_groups:
         for parameter in group["params"]:

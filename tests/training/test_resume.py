@@ -26,6 +26,7 @@ def on_ranks(clips: Path, world_size: int, *parts: tuple[str, int, int]) -> dict
                 f"run_dir={clips.parent / name}",
                 f"training.max_steps={last_step}",
                 f"engine.zero_stage={zero_stage}",
+                "training.ema_decay=0.9",
             ],
             [],
         )
@@ -69,7 +70,7 @@ def test_two_ranks_and_zero_1_have_the_losses_of_one(
 def test_as_many_ranks_go_on_to_the_bit(two_ranks: dict[str, Ran]) -> None:
     stopped, whole = two_ranks["2 and 2 zero 1"], two_ranks["2 zero 1"]
     assert stopped.losses == whole.losses
-    # Weights and optimizer as well.
+    # Weights, their averages and optimizer as well.
     assert stopped.states == whole.states[4:]
 
 
