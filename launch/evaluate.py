@@ -16,7 +16,7 @@ from audiotext_dist.evaluation import report
 from audiotext_dist.evaluation.examples import write_examples
 from audiotext_dist.evaluation.retrieval import check_relevance, evaluate_set
 from audiotext_dist.models.dual_encoder import DualEncoder, build_model
-from audiotext_dist.training.checkpoint import load_model
+from audiotext_dist.training.checkpoint import load_model, run_folder
 from audiotext_dist.training.engine import start_process_group, stop_process_group
 from audiotext_dist.training.features import features_of, needs_pictures, replaced_encoders
 from audiotext_dist.training.prepare import build_towers
@@ -24,7 +24,7 @@ from audiotext_dist.training.recipe import Recipe, read_run_recipe
 
 HELP = """Evaluate a run's newest checkpoint, or any exported weights, on its validation sets or others.
 
-    python launch/evaluate.py run=runs/NAME
+    python launch/evaluate.py run=runs/NAME                    (runs/NAME/checkpoints/best: not the newest one)
     python launch/evaluate.py run=runs/NAME data.validation.clotho.shards=FOLDER out=results
     python launch/evaluate.py run=runs/NAME weights=FILE.safetensors
     deepspeed launch/evaluate.py run=runs/NAME            (clips shared over all processes)
@@ -85,7 +85,7 @@ def main() -> None:
     ]
     stop_process_group()
     if world.is_main:
-        out = Path(own.get("out", own["run"]))
+        out = Path(own["out"]) if "out" in own else run_folder(Path(own["run"]))
         out.mkdir(parents=True, exist_ok=True)
         report.write_results(results, out)
         for result, shards in zip(results, sets, strict=True):

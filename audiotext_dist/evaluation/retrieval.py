@@ -232,7 +232,7 @@ def _relations_from_file(path: str, clips: Sequence[EmbeddedClip], captions: Row
     number_of = {clip.key: number for number, clip in enumerate(clips)}
     first_row = np.searchsorted(captions.clip_R, np.arange(len(clips) + 1))
     found: list[list[int]] = [[] for _ in clips]
-    for line in _read_relevance(path):
+    for line in read_relevance(path):
         rows = []
         for key, caption in line["captions"]:
             if key in number_of:
@@ -255,10 +255,15 @@ def check_relevance(relevance: str | None, task: Task, set_name: str) -> None:
             f"data.validation.{set_name}.relevance is a file about captions, which task={task} has not: "
             "take the file away, or give relevance=labels"
         )
-    _read_relevance(relevance)
+    read_relevance(relevance)
 
 
-def _read_relevance(path: str) -> list[dict[str, Any]]:
+def read_relevance(path: str) -> list[dict[str, Any]]:
+    """A relevance file's lines: ``captions``, (clip key, caption number) each, and ``clips``, keys.
+
+    Raises:
+        UserError: it is none.
+    """
     try:
         lines = [json.loads(line) for line in storage.read_bytes(path).splitlines()]
         for line in lines:

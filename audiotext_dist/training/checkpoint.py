@@ -255,6 +255,11 @@ def read_weights(source: str, *, ema: bool = True) -> dict[str, torch.Tensor]:
         raise UserError(f"{path} is no safetensors file ({error}): export it again") from None
 
 
+def run_folder(source: Path) -> Path:
+    """Of a run, or of one of its checkpoints."""
+    return source.parents[1] if source.parent.name == CHECKPOINTS else source
+
+
 def weights_folder(source: Path) -> Path:
     """Where the weights lie that a run folder (its newest whole checkpoint), RUN/checkpoints/best, a checkpoint or an
     export stands for.

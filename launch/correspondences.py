@@ -1,0 +1,114 @@
+"""What teachers think of a set: ``python launch/correspondences.py shards=FOLDER features=[a,b] out=FOLDER``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from audiotext_dist import configuration
+from audiotext_dist.data.shard import load_shards
+from audiotext_dist.errors import UserError, require_positive, run_for_people
+from audiotext_dist.evaluation.correspondence_picture import draw_queries
+from audiotext_dist.evaluation.correspondences import Judgement, annotated, judge, read_said, truth
+from audiotext_dist.evaluation.retrieval import read_relevance
+
+PICTURE, RESULTS = "correspondences.png", "correspondences.json"
+ALL = "all together"
+HELP = f"""Look at what the teachers of stage 2 think of a set's clips and captions.
+
+    python launch/correspondences.py shards=corpus/train features=[clip,passt,atst] out=runs/look \\
+        relevance=corpus/media-train/relevance.jsonl
+
+Prints, for each teacher and for all together, where the targets' mass goes in a batch; with a relevance file also how
+well the cosines tell true pairs from others. Writes {RESULTS} and {PICTURE}, which shows for some captions the
+clips that all teachers together think nearest.
+
+Keys:
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LookConfig:
+    """What is looked at.
+
+    features: names of what launch/embed.py run=RUN wrote of the shards. folder: where it lies, default beside them.
+    relevance: a file that says which captions truly describe which clips. max_clips: the set's first ones.
+    temperature, batch_size: of the targets. num_queries, top: captions in the picture, clips of each. seed: draws them.
+    """
+
+    shards: str = "???"
+    features: list[str] = field(default_factory=list)
+    out: str = "???"
+    folder: str | None = None
+    relevance: str | None = None
+    max_clips: int = 1000
+    temperature: float = 0.05
+    batch_size: int = 64
+    num_queries: int = 4
+    top: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_positive(self, "correspondences", "max_clips", "temperature", "batch_size", "num_queries", "top")
+        if not self.features:
+            raise UserError("no teachers to look at: give features=[NAME, ...]")
+
+
+def main() -> None:
+    """Read the features, judge them, draw the picture."""
+    words = sys.argv[1:]
+    if not words or {"-h", "--help"} & set(words):
+        print(HELP + configuration.describe(LookConfig))
+        return
+    config = configuration.parse(LookConfig, words)
+    relevance = None if config.relevance is None else read_relevance(config.relevance)
+    said = read_said(load_shards(config.shards), config.features, config.folder, config.max_clips)
+    true_KC = None if relevance is None else truth(said, relevance)
+    groups = {name: [name] for name in config.features}
+    if len(config.features) > 1:
+        groups[ALL] = config.features
+    judgements = {
+        name: judge(said, teachers, true_KC, temperature=config.temperature, batch_size=config.batch_size)
+        for name, teachers in groups.items()
+    }
+    share_true = None if true_KC is None else float(true_KC.mean())
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    drawn = np.random.default_rng(config.seed).permutation(len(said.captions))[: config.num_queries]
+    draw_queries(said, said.cosines(config.features), true_KC, drawn.tolist(), config.top, out / PICTURE)
+    content = {
+        "num_clips": len(said.keys),
+        "num_captions": len(said.captions),
+        "share_annotated": float(annotated(said).mean()),
+        "share_true": share_true,
+        "teachers": {name: asdict(judgement) for name, judgement in judgements.items()},
+    }
+    (out / RESULTS).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(_table(judgements, share_true, f"{len(said.keys):,} clips and {len(said.captions):,} captions", config))
+    print(f"\n{out / PICTURE}")
+
+
+def _table(judgements: dict[str, Judgement], share_true: float | None, size: str, config: LookConfig) -> str:
+    columns = ["AP over pairs", "mass on its caption", "mass on true captions"]
+    width = max(map(len, judgements))
+    lines = [f"{size}; per cent; masses in batches of {config.batch_size}, temperature {config.temperature:g}"]
+    lines.append(" " * width + "".join(f"{column:>24}" for column in columns))
+    for name, judgement in judgements.items():
+        cells = _cells([judgement.average_precision, judgement.mass_annotated, judgement.mass_true])
+        lines.append(f"{name:{width}}{cells}")
+    if share_true is not None:
+        lines.append(f"{'chance':{width}}{_cells([share_true, 1 / config.batch_size, None])}")
+    return "\n".join(lines)
+
+
+def _cells(values: Sequence[float | None]) -> str:
+    return "".join(f"{'-' if value is None else f'{100 * value:.2f}':>24}" for value in values)
+
+
+if __name__ == "__main__":
+    run_for_people(main)

@@ -1,0 +1,109 @@
+"""Estimated correspondences: average precision, the mass of targets, and the command on small features."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from audiotext_dist.data.encoders import Encoder
+from audiotext_dist.data.feature_files import OFFSETS, FeatureHeader
+from audiotext_dist.data.shard import load_shards
+from audiotext_dist.errors import UserError
+from audiotext_dist.evaluation.correspondences import average_precision, judge, read_said, truth
+from launch import correspondences
+from tests.clips import make_sample, write_shards
+
+NUM_CLIPS = 6
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1).filter(lambda pairs: any(b for _, b in pairs)))
+def test_average_precision_is_its_definition(pairs):
+    ranked = sorted(pairs, key=lambda pair: (-pair[0], pair[1]))
+    precisions = [sum(true for _, true in ranked[: k + 1]) / (k + 1) for k, (_, true) in enumerate(ranked) if true]
+    scores, is_true = (np.array(side) for side in zip(*pairs, strict=True))
+    assert average_precision(scores.astype(np.float32), is_true) == pytest.approx(np.mean(precisions))
+
+
+def write_features(folder, name, turn):
+    """A teacher to whom clip i sounds as caption 0 of clip i + turn reads; captions 1 are like nothing."""
+    index = load_shards(str(folder))[0].index
+    text = np.zeros((2 * NUM_CLIPS, 2 * NUM_CLIPS), np.float32)
+    text[::2, :NUM_CLIPS], text[1::2, NUM_CLIPS:] = np.eye(NUM_CLIPS), np.eye(NUM_CLIPS)
+    audio = np.roll(np.eye(NUM_CLIPS, 2 * NUM_CLIPS, dtype=np.float32), turn, axis=1)[:, None]
+    encoder = Encoder(model=name, weights_sha256=name, preprocessing={})
+    header = FeatureHeader(
+        shard=index.shard_name,
+        shard_sha256=index.sha256,
+        num_rows=NUM_CLIPS,
+        dtype="fp32",
+        encoders={"audio": encoder, "text": encoder},
+        missing={},
+        content_sha256="",
+    )
+    tensors = {"audio": audio, "text": text, OFFSETS: np.arange(0, 2 * NUM_CLIPS + 1, 2)}
+    save_file(tensors, folder / f"00000.{name}.safetensors", header.to_metadata())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_shards(tmp_path / "set", [[make_sample(number) for number in range(NUM_CLIPS)]])
+    for name, turn in (("right", 0), ("wrong", 1)):
+        write_features(tmp_path / "set", name, turn)
+    lines = [{"captions": [[f"clip-{n:04d}", 0]], "clips": [f"clip-{n:04d}", "clip-0000"]} for n in range(NUM_CLIPS)]
+    (tmp_path / "relevance.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return tmp_path
+
+
+def test_mass_and_precision_of_known_teachers(folder):
+    said = read_said(load_shards(str(folder / "set")), ["right", "wrong"], None, max_clips=100)
+    own = np.zeros((NUM_CLIPS, 2 * NUM_CLIPS), bool)
+    own[np.arange(NUM_CLIPS), 2 * np.arange(NUM_CLIPS)] = True
+    e = np.exp(1.0)
+    right, wrong, both = (
+        judge(said, names, own, temperature=1.0, batch_size=3) for names in (["right"], ["wrong"], ["right", "wrong"])
+    )
+    assert right.average_precision == 1
+    assert wrong.average_precision < both.average_precision < 1
+    assert right.mass_annotated == pytest.approx(e / (e + 2))
+    # In each batch of three, two of the clips sound like another one's caption, and one like nobody's.
+    assert wrong.mass_annotated == pytest.approx((2 / (e + 2) + 1 / 3) / 3)
+    assert right.mass_true == right.mass_annotated
+    assert judge(said, ["right"], None, temperature=1.0, batch_size=3).mass_true is None
+
+
+def test_truth_names_clips_and_captions_by_their_keys(folder):
+    said = read_said(load_shards(str(folder / "set")), ["right"], None, max_clips=4)
+    lines = [{"captions": [("clip-0001", 1), ("clip-0005", 0)], "clips": ["clip-0000", "clip-0003", "clip-0004"]}]
+    assert np.argwhere(truth(said, lines)).tolist() == [[0, 3], [3, 3]]
+
+
+def test_the_command_writes_a_table_and_a_picture(folder, monkeypatch, capsys):
+    words = [f"shards={folder / 'set'}", "features=[right,wrong]", f"out={folder / 'out'}", "num_queries=2"]
+    monkeypatch.setattr(sys, "argv", ["correspondences.py", *words, f"relevance={folder / 'relevance.jsonl'}"])
+    correspondences.main()
+    assert "all together" in capsys.readouterr().out
+    found = json.loads((folder / "out" / "correspondences.json").read_text())
+    assert (found["num_clips"], found["num_captions"]) == (NUM_CLIPS, 2 * NUM_CLIPS)
+    assert found["share_true"] == pytest.approx((2 * NUM_CLIPS - 1) / (2 * NUM_CLIPS**2))
+    assert found["teachers"]["right"]["average_precision"] > found["teachers"]["wrong"]["average_precision"]
+    assert (folder / "out" / "correspondences.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["features=[]"], "no teachers to look at"),
+        (["features=[other]"], "has no 'other' features for 1 of 1 shards"),
+        (["features=[right]", "relevance=/nowhere"], "no relevance file at /nowhere"),
+        (["features=[right]", "top=0"], "correspondences.top=0 must be above 0"),
+    ],
+)
+def test_wrong_words_are_one_line(folder, monkeypatch, words, message):
+    monkeypatch.setattr(sys, "argv", ["x", f"shards={folder / 'set'}", f"out={folder / 'out'}", *words])
+    with pytest.raises(UserError, match=message) as raised:
+        correspondences.main()
+    assert "\n" not in str(raised.value)
