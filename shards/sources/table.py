@@ -82,7 +82,7 @@ def records(config: TableConfig) -> Iterator[Record]:
     media = Path(os.path.abspath(path.parent if config.media is None else config.media))  # noqa: PTH100, keeps links
     if not media.is_dir():
         raise UserError(f"no folder at {media}: check media=")
-    for place, row in _rows(path):
+    for place, row in read_rows(path):
         record = _record(config, media, row, place)
         if config.split == "all" or (config.split == "held_out") == _is_held_out(config, record.recording):
             yield record
@@ -152,7 +152,7 @@ def _seconds(cell: Any, place: str) -> float | None:
         raise UserError(f"{place}: '{cell}' is no number of seconds: mend the cell") from None
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each row with its place in the list, for error messages."""
     try:
         match path.suffix:

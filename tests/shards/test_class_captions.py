@@ -1,0 +1,49 @@
+"""Captions made of classes: several wordings, the same again on the next call, built into shards."""
+
+import json
+
+import pytest
+
+from audiotext_dist.errors import UserError
+from shards.class_captions import ClassCaptionsConfig, class_captions
+from shards.sources.table import TableConfig, records
+
+
+def config(folder, **changes):
+    given = {"table": str(folder / "list.csv"), "class_column": "class", "name_column": "file"}
+    return ClassCaptionsConfig(**{**given, "out": str(folder / "clips.jsonl"), **changes})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rows = [f"{number}.wav,{'dog_bark' if number % 2 else 'siren'}" for number in range(40)]
+    (tmp_path / "list.csv").write_text("\n".join(["file,class", *rows]))
+    return tmp_path
+
+
+def test_each_clip_gets_its_own_wordings_of_its_class(folder):
+    assert class_captions(config(folder)) == 40
+    first = (folder / "clips.jsonl").read_bytes()
+    class_captions(config(folder))
+    assert (folder / "clips.jsonl").read_bytes() == first
+    built = list(records(TableConfig(table=str(folder / "clips.jsonl"), dataset="x", caption_columns=["captions"])))
+    for record in built:
+        thing = "dog bark" if int(record.name.split(".")[0]) % 2 else "siren"
+        assert len(set(record.captions)) == 3
+        assert all(thing in caption.lower() and caption[0].isupper() for caption in record.captions)
+    assert len({caption for record in built for caption in record.captions}) == 20
+    assert json.loads(first.splitlines()[0])["class"] == "siren"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"class_column": "kind"}, "line 2 has nothing in column 'kind': its columns are file, class"),
+        ({"num_captions": 11}, "num_captions=11: give a number from 1 to 10"),
+        ({"out": "clips.csv"}, "give a name that ends with .jsonl"),
+    ],
+)
+def test_wrong_words_are_one_line(folder, changes, message):
+    with pytest.raises(UserError, match=message) as raised:
+        class_captions(config(folder, **changes))
+    assert "\n" not in str(raised.value)
