@@ -185,7 +185,7 @@ class _Run:
         )
 
     def _log_step(self, result: StepResult, meter: Meter, bar: tqdm) -> None:
-        epoch, read = self._step / self._steps_an_epoch, meter.read()
+        epoch, read, bad_samples = self._step / self._steps_an_epoch, meter.read(), self._bad_samples.check()
         learning_rates = named_learning_rates(self._engine.param_groups)
         self._tracker.log(
             self._step,
@@ -196,10 +196,10 @@ class _Run:
                 **learning_rates,
                 **self._engine.optimizer_metrics(),
                 **read,
-                **{f"data/{name}": count for name, count in self._bad_samples.check().items()},
+                **{f"data/{name}": count for name, count in bad_samples.items()},
             },
         )
-        shown = progress_line(epoch, result.loss, next(iter(learning_rates.values())), read)
+        shown = progress_line(epoch, result.loss, next(iter(learning_rates.values())), read, bad_samples)
         bar.set_postfix_str(shown, refresh=False)
         if bar.disable and self._world.is_main:
             _log.info("step %d of %d, %s", self._step, self._last_step, shown)

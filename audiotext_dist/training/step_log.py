@@ -20,8 +20,10 @@ def step_metrics(result: StepResult) -> dict[str, float]:
     return {name: value for name, value in measured.items() if value is not None and math.isfinite(value)}
 
 
-def progress_line(epoch: float, loss: float, learning_rate: float, read: Mapping[str, float]) -> str:
-    """One line for people; ``read``: from ``Meter.read``."""
+def progress_line(
+    epoch: float, loss: float, learning_rate: float, read: Mapping[str, float], bad_samples: Mapping[str, int]
+) -> str:
+    """One line for people; ``read``: from ``Meter.read``, ``bad_samples``: from ``BadSampleCount.check``."""
     cached = [read[f"data/{name}"] for name in ("cache_hits", "cache_misses", "prefetch_waits")]
     shown = (
         f"epoch {epoch:.1f}, loss {loss:.3f}, lr {learning_rate:.1e}, "
@@ -29,5 +31,11 @@ def progress_line(epoch: float, loss: float, learning_rate: float, read: Mapping
         f"waiting {100 * read['data/waiting_share_max']:.0f}%"
     )
     if sum(cached):
-        shown += f", fetched {read['data/fetched_bytes_per_second'] / 1e6:.1f} MB/s, waits {cached[-1]:.0f}"
+        hits, _, waits = cached
+        shown += (
+            f", fetched {read['data/fetched_bytes_per_second'] / 1e6:.1f} MB/s, hits {hits:.0f} of {hits + waits:.0f}"
+        )
+    kinds = [f"{count} {name.partition('/')[2]}" for name, count in bad_samples.items() if "/" in name]
+    if kinds:
+        shown += f", replaced {', '.join(kinds)}"
     return shown

@@ -87,6 +87,31 @@ def test_a_run_that_goes_on_with_other_ranks_keeps_its_order(found, data):
     assert [read(number) for number in range(plan.num_batches)] == [plan.batch(n) for n in range(plan.num_batches)]
 
 
+def test_the_first_batch_costs_the_same_wherever_a_run_goes_on(monkeypatch):
+    """1 M clips: as many shards' rows are shuffled at nine tenths of the epoch as at its start."""
+
+    def shuffled(number: int, batch_size: int = 256) -> int:
+        plan = Plan(
+            set_sizes=[[250] * 4000],
+            set_weights=[1.0],
+            seed=0,
+            epoch=0,
+            global_batch_size=batch_size,
+            num_lanes=64,
+            window_shards=4,
+        )
+        entries = []
+        slots_of = Plan._slots_of
+        monkeypatch.setattr(Plan, "_slots_of", lambda self, *entry: entries.append(entry) or slots_of(self, *entry))
+        plan.batch(plan.num_batches * number // 10)
+        monkeypatch.undo()
+        return len(entries)
+
+    assert shuffled(0) == 64 * 4
+    # A place of a lane's batch can lie on either side of a window's end.
+    assert shuffled(9) <= 64 * 4 * 2
+
+
 @settings(deadline=None, max_examples=40)
 @given(plans(weights=(0.3, 1.0, 1.7)))
 def test_every_epoch_has_as_many_batches_and_every_seed(found):

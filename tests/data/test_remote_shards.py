@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,11 +25,14 @@ from audiotext_dist.data.loader import EvaluationBatches, TrainingBatches
 from audiotext_dist.data.plan import Plan
 from audiotext_dist.data.read_counts import ReadCounts
 from audiotext_dist.data.sets import DataConfig, SetConfig, make_plan, warn_of_small_cache
-from audiotext_dist.data.shard import Shard, load_shards
+from audiotext_dist.data.shard import Shard, _listed_index, load_shards
+from audiotext_dist.data.shard_list import write_list
+from audiotext_dist.data.shard_reader import ShardReader
 from audiotext_dist.data.workers import in_step, iterate
 from audiotext_dist.distributed import World, sums_over_ranks
 from audiotext_dist.errors import UserError
 from audiotext_dist.retry import RetryConfig
+from shards.finished import list_rows
 from tests.clips import SAMPLE_RATE_HZ, make_sample, write_shards
 from tests.object_store import Fault, Request, proxy, server, use
 from tests.ranks import run_on_ranks
@@ -159,6 +163,30 @@ def test_batches_from_a_web_server_in_trouble_are_those_of_the_disk(folder: Path
     spec = "/set/{00000..00011}.tar"
     with proxy(site, trouble) as address:
         assert_equal(two_epochs(address + spec, cache), two_epochs(str(folder), cache))
+
+
+def test_a_listed_set_is_found_where_a_server_lists_no_folder_and_its_indexes_come_with_its_shards(
+    folder: Path, tmp_path: Path, cache: NodeCache
+) -> None:
+    listed = tmp_path / "web" / "set"
+    shutil.copytree(folder, listed)
+    (listed / "index.html").write_text("no files are listed here")
+    write_list(str(listed), list_rows(str(listed)))
+    met: list[str] = []
+
+    def note(request: Request) -> None:
+        if request.method == "GET":
+            met.append(request.path.rpartition("/")[2].partition(".")[2])
+
+    with web_server(listed.parent) as address, proxy(address, note) as counted:
+        shards = load_shards(f"{counted}/set", cache)
+        assert set(met) == {"parquet"}
+        assert_equal(two_epochs(f"{counted}/set", cache), two_epochs(str(folder), cache))
+        assert Counter(met)["index.json"] == NUM_SHARDS
+        (listed / "00001.index.json").unlink()
+        _listed_index.cache_clear()
+        with pytest.raises(UserError, match=r"00001\.index\.json is not there, and shards\.parquet beside it lists it"):
+            ShardReader(shards, cache).read(1, 0, "json")
 
 
 def test_a_cache_that_is_too_small_still_gives_every_batch(folder: Path, site: str, cache: NodeCache) -> None:

@@ -10,6 +10,7 @@ from audiotext_dist.data.batch import Batch
 from audiotext_dist.data.read_counts import ReadCounts
 from audiotext_dist.distributed import World
 from audiotext_dist.training.meter import Meter
+from audiotext_dist.training.step_log import progress_line
 
 
 def batch_with(counts: ReadCounts) -> Batch:
@@ -46,3 +47,22 @@ def test_the_meter_adds_what_the_workers_counted_and_starts_anew() -> None:
     counted = ("cache", "bytes", "waits")
     again = {name: value for name, value in meter.read().items() if name.startswith("data/")}
     assert not any(value for name, value in again.items() if any(word in name for word in counted))
+
+
+def test_the_progress_line_tells_what_the_data_cost_and_lacked() -> None:
+    read = {
+        "data/clips_per_second": 512.0,
+        "data/waiting_share_max": 0.25,
+        "data/read_bytes_per_second": 3e6,
+        "data/fetched_bytes_per_second": 2e6,
+        "data/cache_hits": 7,
+        "data/cache_misses": 3,
+        "data/prefetch_waits": 1,
+    }
+    bad = {"bad_samples": 3, "bad_samples/broken_audio": 2, "bad_samples/too_large": 1}
+    assert progress_line(1.5, 2.0, 1e-3, read, bad) == (
+        "epoch 1.5, loss 2.000, lr 1.0e-03, 512 clips/s, 3.0 MB/s, waiting 25%, fetched 2.0 MB/s, hits 7 of 8, "
+        "replaced 2 broken_audio, 1 too_large"
+    )
+    local = {**read, "data/cache_hits": 0, "data/cache_misses": 0, "data/prefetch_waits": 0}
+    assert progress_line(1.5, 2.0, 1e-3, local, {"bad_samples": 0}).endswith("waiting 25%")
