@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
+
+# Tests run two at a time, and many start ranks: more threads than cores only wait for each other, with a busy CPU.
+os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -33,13 +33,14 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def start_process_group(world: World, timeout_seconds: float = 600.0) -> None:
-    """Join the process group that the launcher's environment describes, and share the cores fairly.
+    """Join the process group that the launcher's environment describes, and share the cores fairly, unless
+    OMP_NUM_THREADS says how many threads a process has.
 
     Without a launcher this process is a group of its own.
     """
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
-    else:
+    elif "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // world.local_size))
     if "RANK" not in os.environ:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import time
@@ -14,6 +13,7 @@ import torch.distributed as dist
 
 from audiotext_dist.distributed import World
 from audiotext_dist.training.heartbeat import EXIT_LOST, Heartbeat
+from tests.ranks import PROCESSES
 from tests.training.launched import free_port, launched, wait_for_all
 from tests.training.runs import write_training_set
 
@@ -32,9 +32,8 @@ def wait_in_a_collective(rank: int, port: int, stopped: int, said: Path) -> None
 
 @pytest.mark.parametrize("stopped", [0, pytest.param(1, marks=pytest.mark.faults)])
 def test_a_stopped_rank_is_named_by_the_other(tmp_path: Path, stopped: int) -> None:
-    context = multiprocessing.get_context("spawn")
     port = free_port()
-    ranks = [context.Process(target=wait_in_a_collective, args=(rank, port, stopped, tmp_path)) for rank in range(2)]
+    ranks = [PROCESSES.Process(target=wait_in_a_collective, args=(rank, port, stopped, tmp_path)) for rank in range(2)]
     for rank in ranks:
         rank.start()
     other = 1 - stopped
