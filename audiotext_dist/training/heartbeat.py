@@ -3,7 +3,8 @@
 A thread of each rank writes a count into the process group's store, which rank 0 holds, and reads the others'. It
 lives as long as its process runs, whatever the main thread waits for, so a rank is silent only where it is stopped,
 dead or out of reach. A silent rank is named, and this process ends, from the thread: the main one may wait in a
-collective that never returns. A rank that is alive but stuck is left to the collectives' own timeout, which is as long.
+collective that never returns. A rank that is alive but stuck is left to the collectives' own timeout, which is a
+little longer, so that it does not end the run before a silent rank is named.
 """
 
 from __future__ import annotations
@@ -19,6 +20,11 @@ from audiotext_dist.distributed import World, barrier, is_parallel
 
 # EX_UNAVAILABLE of sysexits.h: another rank is not there.
 EXIT_LOST = 69
+
+
+def beat_seconds(timeout_seconds: float) -> float:
+    """Between two signs of life; a silent rank is noticed at most two of them after the limit."""
+    return min(5.0, timeout_seconds / 10)
 
 
 class Heartbeat:
@@ -42,7 +48,7 @@ class Heartbeat:
         others = [rank for rank in range(self._world.size) if rank != self._world.rank]
         last = dict.fromkeys(others, (b"", time.monotonic()))
         count = 0
-        while not self._stopped.wait(min(5.0, self._timeout_seconds / 10)):
+        while not self._stopped.wait(beat_seconds(self._timeout_seconds)):
             count += 1
             asking = threading.Timer(self._timeout_seconds, self._end, [[0], "does not answer"])
             asking.daemon = True

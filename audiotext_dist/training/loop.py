@@ -26,7 +26,7 @@ from audiotext_dist.training.checkpoint import Progress
 from audiotext_dist.training.ema import Ema
 from audiotext_dist.training.engine import Engine, start_process_group
 from audiotext_dist.training.health import HealthWatch
-from audiotext_dist.training.heartbeat import Heartbeat
+from audiotext_dist.training.heartbeat import Heartbeat, beat_seconds
 from audiotext_dist.training.loss_scale import LossScale
 from audiotext_dist.training.meter import Meter
 from audiotext_dist.training.optim import build_optimizer, named_learning_rates, schedule, set_learning_rates
@@ -48,7 +48,8 @@ def train(prepared: Prepared) -> list[RetrievalResult]:
     """
     stop = StopRequest()
     timeout_seconds = prepared.recipe.engine.collective_timeout_seconds
-    start_process_group(prepared.world, timeout_seconds)
+    # A rank may be silent for less time than a collective may take: so it is named, and then the run ends.
+    start_process_group(prepared.world, timeout_seconds + 3 * beat_seconds(timeout_seconds))
     heartbeat = Heartbeat(prepared.world, timeout_seconds)
     try:
         results = _train(prepared, stop)

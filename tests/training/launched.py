@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,17 +61,23 @@ class Launched:
 
 @contextlib.contextmanager
 def launched(
-    run_dir: Path, *words: str, launcher: Sequence[str] = DEEPSPEED, options: Sequence[str] = (), num_processes: int = 2
+    run_dir: Path,
+    *words: str,
+    launcher: Sequence[str] = DEEPSPEED,
+    options: Sequence[str] = (),
+    num_processes: int = 2,
+    inside: Sequence[str] = (),
+    variables: Mapping[str, str] = {},
 ) -> Iterator[Launched]:
-    """Start a run; what is left of it at the end is killed."""
+    """Start a run; what is left of it at the end is killed. inside: a command that runs the command it is given."""
     output = Path(tempfile.mkstemp(suffix=".log")[1])
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "RANK", "WORLD"))}
     options = options or ["--num_accelerators", str(num_processes), "--master_port", str(free_port())]
     with output.open("w") as log:
         command = subprocess.Popen(
-            [sys.executable, *launcher, *options, "launch/pretrain.py", *SMALL, f"run_dir={run_dir}", *words],
+            [*inside, sys.executable, *launcher, *options, "launch/pretrain.py", *SMALL, f"run_dir={run_dir}", *words],
             cwd=REPOSITORY,
-            env={**environment, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+            env={**environment, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY), **variables},
             stdout=log,
             stderr=subprocess.STDOUT,
             text=True,
