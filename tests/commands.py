@@ -22,8 +22,8 @@ REPOSITORY = Path(__file__).parents[1]
 Command = tuple[str, list[str], int | None]
 
 
-def run_commands(commands: Sequence[Command]) -> tuple[list[int], list[str]]:
-    """(exit statuses, negative where a signal killed the process; what each command said)."""
+def run_commands(commands: Sequence[Command], **variables: str) -> tuple[list[int], list[str]]:
+    """(exit statuses, negative where a signal killed the process; what each command said), with these variables."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     done = subprocess.run(
         [sys.executable, "-m", "tests.commands", json.dumps(commands)],
@@ -34,6 +34,7 @@ def run_commands(commands: Sequence[Command]) -> tuple[list[int], list[str]]:
             "CUDA_VISIBLE_DEVICES": "",
             "PYTHONPATH": str(REPOSITORY),
             "OMP_WAIT_POLICY": "PASSIVE",
+            **variables,
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

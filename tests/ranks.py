@@ -1,17 +1,23 @@
-"""Run a function on real gloo ranks, one process each."""
+"""Run a function, or one of our commands, on real gloo ranks, one process each."""
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
+import socket
+import subprocess
+import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from audiotext_dist.errors import run_for_people
 
 # One process imports what most ranks need, some eight seconds of CPU; each rank is forked from it.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -36,6 +42,50 @@ def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> l
         if isinstance(value, _Failure):
             raise AssertionError(value.text)
     return [found[rank] for rank in range(world_size)]
+
+
+def run_command_on_ranks(script: str, words: Sequence[str], world_size: int) -> subprocess.CompletedProcess[str]:
+    """``launch/SCRIPT.py words`` on so many ranks as the launcher would start them, without its own two imports."""
+    common = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")} | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_SIZE": str(world_size),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder) / name for name in ("stdout", "stderr")]
+        ranks = [
+            PROCESSES.Process(
+                target=_command,
+                args=(script, words, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, outputs),
+            )
+            for rank in range(world_size)
+        ]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join()
+        code = next((process.exitcode for process in ranks if process.exitcode), 0)
+        said = [output.read_text() for output in outputs]
+    return subprocess.CompletedProcess([script, *words], code, *said)
+
+
+def _command(script: str, words: Sequence[str], environment: dict[str, str], outputs: Sequence[Path]) -> None:
+    for number, output in enumerate(outputs, start=1):
+        os.dup2(os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = [f"{script}.py", *words]
+    run_for_people(importlib.import_module(f"launch.{script}").main)
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
 
 
 class _Failure:

@@ -19,6 +19,7 @@ from audiotext_dist.evaluation.metrics import retrieval_metrics
 from audiotext_dist.training.tracker import read_metrics
 from tests.clips import SAMPLE_RATE_HZ, make_sample, write_shards
 from tests.commands import REPOSITORY, run_commands
+from tests.ranks import free_port
 
 NUM_SHARDS, NUM_ROWS = 4, 16
 PICTURES = [
@@ -129,7 +130,7 @@ def test_two_ranks_of_the_launcher_make_the_files_of_one_process(folder, said):
     words = [*PICTURES, f"shards={folder / 'whole'}", f"out={out}", "features=seen", "batch_size=8"]
     deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
     launched = subprocess.run(
-        [*deepspeed, "--master_port", str(20000 + os.getpid() % 20000), "launch/embed.py", *words],
+        [*deepspeed, "--master_port", str(free_port()), "launch/embed.py", *words],
         cwd=REPOSITORY,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,

@@ -1,4 +1,4 @@
-"""The main job through the real DeepSpeed launcher: ranks, resume, ZeRO, towers, and what goes wrong."""
+"""The main job on two ranks: the real DeepSpeed launcher, resume, ZeRO, towers, and what goes wrong."""
 
 import dataclasses
 import json
@@ -16,6 +16,8 @@ from audiotext_dist.data.shard import load_shards
 from audiotext_dist.training.checkpoint import read_weights
 from audiotext_dist.training.tracker import read_metrics
 from tests.clips import SAMPLE_RATE_HZ, make_sample, write_shards
+from tests.commands import run_commands
+from tests.ranks import free_port, run_command_on_ranks
 
 REPOSITORY = Path(__file__).parents[1]
 NUM_STEPS = 20
@@ -53,25 +55,14 @@ def folder(tmp_path_factory):
     return folder
 
 
-def launch(script: str, words: list[str], num_processes: int = 2) -> subprocess.CompletedProcess[str]:
-    """``deepspeed launch/SCRIPT words``, from the repository's root, without any W&B key."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
-    deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(num_processes)]
-    return subprocess.run(
-        [*deepspeed, "--master_port", str(20000 + os.getpid() % 20000), f"launch/{script}.py", *words],
-        cwd=REPOSITORY,
-        env={**environment, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+def words_of(folder: Path, run: str) -> list[str]:
+    sets = [f"data.train.own.shards={folder / 'train'}", f"data.validation.own.shards={folder / 'validation'}"]
+    return [*SMALL, *sets, f"run_dir={folder / run}"]
 
 
 def pretrain(folder: Path, run: str, *words: str, num_processes: int = 2) -> Path:
     """A finished run's folder."""
-    sets = [f"data.train.own.shards={folder / 'train'}", f"data.validation.own.shards={folder / 'validation'}"]
-    done = launch("pretrain", [*SMALL, *sets, f"run_dir={folder / run}", *words], num_processes)
+    done = run_command_on_ranks("pretrain", [*words_of(folder, run), *words], num_processes)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder / run
 
@@ -88,7 +79,20 @@ def learned(found: dict[int, float]) -> bool:
 
 @pytest.fixture(scope="module")
 def two_processes(folder):
-    return pretrain(folder, "two")
+    """By the real launcher."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
+    done = subprocess.run(
+        [*deepspeed, "--master_port", str(free_port()), "launch/pretrain.py", *words_of(folder, "two")],
+        cwd=REPOSITORY,
+        env={**environment, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder / "two"
 
 
 def test_two_processes_and_one_in_micro_batches_have_the_same_losses(folder, two_processes):
@@ -111,17 +115,8 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(folder, two_processes):
 def test_a_resumed_run_takes_its_rates_from_its_own_recipe(folder, two_processes):
     run = folder / "slower"
     shutil.copytree(two_processes, run)
-    done = launch(
-        "pretrain",
-        [
-            *SMALL,
-            f"data.train.own.shards={folder / 'train'}",
-            f"run_dir={run}",
-            "training.resume=auto",
-            "training.max_steps=22",
-            "optim.weight_lr=1e-5",
-        ],
-    )
+    words = ["training.resume=auto", "training.max_steps=22", "optim.weight_lr=1e-5", f"run_dir={run}"]
+    done = run_command_on_ranks("pretrain", [*SMALL, f"data.train.own.shards={folder / 'train'}", *words], 2)
     assert done.returncode == 0, done.stderr[-2000:]
     assert max(line["optim/weight_lr"] for line in read_metrics(run)[-2:]) < 1e-5
 
@@ -136,7 +131,8 @@ def test_a_clip_that_only_rank_1_cannot_evaluate_is_named(folder):
         file.seek(offset)
         file.write(b"\xff" * num_bytes)
     sets = [f"data.train.own.shards={folder / 'train'}", f"data.validation.own.shards={broken}"]
-    done = launch("pretrain", [*SMALL, *sets, f"run_dir={folder / 'rank1'}", "training.max_steps=1"])
+    words = [*SMALL, *sets, f"run_dir={folder / 'rank1'}", "training.max_steps=1"]
+    done = run_command_on_ranks("pretrain", words, 2)
     assert done.returncode != 0
     assert "clip-0001 of" in "".join(line for line in done.stderr.splitlines() if line.startswith("error:"))
 
@@ -147,13 +143,14 @@ def test_a_clip_that_does_not_decode_is_replaced_counted_and_named_once(folder):
     samples[7] = dataclasses.replace(samples[7], flac=b"no flac")
     write_shards(broken, [samples[:16], samples[16:]])
     sets = [f"data.train.own.shards={broken}", "data.validation={}", f"run_dir={folder / 'replaced'}"]
-    done = launch("pretrain", [*SMALL, *sets, "training.max_steps=6", "tracker.every_steps=2"])
+    done = run_command_on_ranks("pretrain", [*SMALL, *sets, "training.max_steps=6", "tracker.every_steps=2"], 2)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stderr.count("replaced clip-0007 of") == 1, done.stderr[-2000:]
     counts = [line["data/bad_samples"] for line in read_metrics(folder / "replaced")]
     assert counts == [1, 2, 3]
     assert read_metrics(folder / "replaced")[-1]["data/bad_samples/broken_audio"] == 3
-    stopped = launch("pretrain", [*SMALL, *sets, "run_dir=" + str(folder / "stopped"), "data.max_bad_share=0"])
+    words = [*SMALL, *sets, f"run_dir={folder / 'stopped'}", "data.max_bad_share=0"]
+    stopped = run_command_on_ranks("pretrain", words, 2)
     assert stopped.returncode != 0
     assert "1 of " in stopped.stderr
     assert "more than data.max_bad_share=0.0 (1 broken_audio)" in stopped.stderr
@@ -161,7 +158,7 @@ def test_a_clip_that_does_not_decode_is_replaced_counted_and_named_once(folder):
 
 def test_a_run_that_diverges_stops_and_leaves_no_broken_checkpoint(folder):
     sets = [f"data.train.own.shards={folder / 'train'}", "checkpoint.every_steps=1", "optim.weight_lr=1e30"]
-    done = launch("pretrain", [*SMALL, *sets, f"run_dir={folder / 'diverged'}"], num_processes=1)
+    done = run_command_on_ranks("pretrain", [*SMALL, *sets, f"run_dir={folder / 'diverged'}"], 1)
     assert done.returncode != 0
     assert "lower optim.weight_lr" in done.stderr
     for saved in (folder / "diverged" / "checkpoints").glob("step-*"):
@@ -188,14 +185,9 @@ def test_audio_image_with_lars_leaves_the_image_tower_alone(folder):
 
 def test_evaluation_and_export_agree_with_the_run(folder, two_processes):
     shown = json.loads((two_processes / "retrieval.json").read_text())
-    export = subprocess.run(
-        [sys.executable, "launch/export.py", f"run={two_processes}", f"out={folder / 'export'}"],
-        cwd=REPOSITORY,
-        check=True,
-        capture_output=True,
-    )
-    assert b"weights in" in export.stdout
-    done = launch("evaluate", [f"run={folder / 'export'}", f"out={folder / 'again'}"], num_processes=2)
+    export = run_command_on_ranks("export", [f"run={two_processes}", f"out={folder / 'export'}"], 1)
+    assert "weights in" in export.stdout
+    done = run_command_on_ranks("evaluate", [f"run={folder / 'export'}", f"out={folder / 'again'}"], 2)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((folder / "again" / "retrieval.json").read_text()) == shown
     assert "audio->text" in done.stdout
@@ -211,8 +203,9 @@ def test_a_tower_is_taken_from_another_run(folder, two_processes):
     assert all(torch.equal(taken[name], source[name]) for name in names)
 
 
-def test_wrong_input_under_the_launcher_is_one_line(folder):
-    done = launch("pretrain", [*SMALL, f"data.train.own.shards={folder / 'train'}", "optim.wieght_lr=1"])
+def test_wrong_input_on_two_ranks_is_one_line(folder):
+    words = [*SMALL, f"data.train.own.shards={folder / 'train'}", "optim.wieght_lr=1"]
+    done = run_command_on_ranks("pretrain", words, 2)
     assert done.returncode != 0
     assert [line for line in done.stderr.splitlines() if line.startswith("error:")] == [
         "error: unknown key 'optim.wieght_lr': did you mean 'optim.weight_lr'?"
@@ -220,41 +213,29 @@ def test_wrong_input_under_the_launcher_is_one_line(folder):
     assert "Traceback" not in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
+def test_wrong_input_ends_before_any_process_group_starts(folder, two_processes):
+    cases = [
         (["data.train.own.shards=/nowhere"], "data set 'own': no *.tar files at /nowhere"),
         (["training.global_batch_size=15"], "15 cannot be shared by 2 processes"),
         (["training.global_batch_size=100"], "an epoch holds 64 samples, fewer than one batch"),
         (["model.text.name=tiny-46"], "did you mean tiny-64"),
         (["model.audio.init=/nowhere"], "no weights at /nowhere"),
-        (["run_dir={two}"], "holds checkpoints of an earlier run"),
+        ([f"run_dir={two_processes}"], "holds checkpoints of an earlier run"),
         (["run_dir=/proc/run"], "run_dir=/proc/run cannot be written to"),
         (
-            ["data.validation.own.shards={train}", "data.validation.own.relevance=/nowhere"],
+            [f"data.validation.own.shards={folder / 'train'}", "data.validation.own.relevance=/nowhere"],
             "no relevance file at /nowhere",
         ),
         (["task=image-text", "data.num_frames=9"], "has no 4.jpg"),
-    ],
-    ids=lambda value: value[0].split("=")[0] if isinstance(value, list) else "",
-)
-def test_wrong_input_ends_before_any_process_group_starts(folder, two_processes, words, message):
-    words = [word.format(two=two_processes, train=folder / "train") for word in words]
+    ]
+    commands = [("pretrain", [*SMALL, f"data.train.own.shards={folder / 'train'}", *words], None) for words, _ in cases]
     # No second process and no master address: starting a group would fail in another way, or hang.
-    done = subprocess.run(
-        [sys.executable, "launch/pretrain.py", *SMALL, f"data.train.own.shards={folder / 'train'}", *words],
-        cwd=REPOSITORY,
-        env={**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 2
-    said = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert len(said) == 1
-    assert message in said[0]
-    assert "Traceback" not in done.stderr
+    statuses, said = run_commands(commands, RANK="0", LOCAL_RANK="0", WORLD_SIZE="2")
+    for (words, message), status, output in zip(cases, statuses, said, strict=True):
+        errors = [line for line in output.splitlines() if line.startswith("error:")]
+        assert (status, len(errors)) == (2, 1), (words, output)
+        assert message in errors[0]
+        assert "Traceback" not in output
 
 
 @pytest.mark.parametrize("key", ["", "not-a-key"])

@@ -21,7 +21,7 @@ from typing import Any
 from audiotext_dist.errors import run_for_people
 from audiotext_dist.training.tracker import METRICS_FILE
 from launch import pretrain
-from tests.training.launched import free_port
+from tests.ranks import free_port
 
 
 def main(seed: int, num_kills: int, words: list[str]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 
 from audiotext_dist.training.tracker import METRICS_FILE
+from tests.ranks import free_port
 from tests.training.runs import SMALL
 
 REPOSITORY = Path(__file__).parents[2]
@@ -102,16 +103,6 @@ def wait_for_all(processes: Sequence[psutil.Process]) -> float:
     _, alive = psutil.wait_procs(processes, timeout=_LIMIT_SECONDS)
     assert not alive, alive
     return time.monotonic() - start
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
 
 
 def send(process: psutil.Process, number: signal.Signals) -> None:

@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from audiotext_dist.distributed import World
 from audiotext_dist.training.heartbeat import EXIT_LOST, Heartbeat
-from tests.ranks import PROCESSES
-from tests.training.launched import free_port, launched, wait_for_all
+from tests.ranks import PROCESSES, free_port
+from tests.training.launched import launched, wait_for_all
 from tests.training.runs import write_training_set
 
 

@@ -14,8 +14,8 @@ import pytest
 
 from audiotext_dist.training.heartbeat import EXIT_LOST
 from audiotext_dist.training.tracker import read_metrics
-from tests.ranks import run_on_ranks
-from tests.training.launched import WRAPPER, Launched, free_port, launched, wait_for_all
+from tests.ranks import free_port, run_on_ranks
+from tests.training.launched import WRAPPER, Launched, launched, wait_for_all
 from tests.training.runs import train_with_faults, write_training_set
 
 NUM_STEPS = 6
