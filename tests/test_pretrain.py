@@ -1,4 +1,4 @@
-"""The main job on two ranks: the real DeepSpeed launcher, resume, ZeRO, towers, and what goes wrong."""
+"""The main job on two ranks: resume, ZeRO, towers, and what goes wrong. test_two_nodes.py starts it by the launcher."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from audiotext_dist.training.checkpoint import read_weights
 from audiotext_dist.training.tracker import read_metrics
 from tests.clips import SAMPLE_RATE_HZ, make_sample, write_shards
 from tests.commands import run_commands
-from tests.ranks import free_port, run_command_on_ranks
+from tests.ranks import run_command_on_ranks
 
 REPOSITORY = Path(__file__).parents[1]
 NUM_STEPS = 20
@@ -55,14 +55,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-def words_of(folder: Path, run: str) -> list[str]:
-    sets = [f"data.train.own.shards={folder / 'train'}", f"data.validation.own.shards={folder / 'validation'}"]
-    return [*SMALL, *sets, f"run_dir={folder / run}"]
-
-
 def pretrain(folder: Path, run: str, *words: str, num_processes: int = 2) -> Path:
     """A finished run's folder."""
-    done = run_command_on_ranks("pretrain", [*words_of(folder, run), *words], num_processes)
+    sets = [f"data.train.own.shards={folder / 'train'}", f"data.validation.own.shards={folder / 'validation'}"]
+    done = run_command_on_ranks("pretrain", [*SMALL, *sets, f"run_dir={folder / run}", *words], num_processes)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder / run
 
@@ -79,20 +75,7 @@ def learned(found: dict[int, float]) -> bool:
 
 @pytest.fixture(scope="module")
 def two_processes(folder):
-    """By the real launcher."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
-    deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
-    done = subprocess.run(
-        [*deepspeed, "--master_port", str(free_port()), "launch/pretrain.py", *words_of(folder, "two")],
-        cwd=REPOSITORY,
-        env={**environment, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return folder / "two"
+    return pretrain(folder, "two")
 
 
 def test_two_processes_and_one_in_micro_batches_have_the_same_losses(folder, two_processes):
