@@ -20,7 +20,7 @@ from audiotext_dist.training.prepare import Prepared, build_towers, prepare
 from audiotext_dist.training.recipe import read_recipe
 from audiotext_dist.training.step import train_step
 from audiotext_dist.training.tracker import read_metrics
-from launch import embed, evaluate
+from launch import embed, evaluate, frames
 from tests.clips import SAMPLE_RATE_HZ, make_sample, write_shards
 from tests.losses.small_model import AveragingEngine, gradients, watch
 
@@ -128,6 +128,7 @@ def test_a_clip_with_too_few_frames_is_no_sample_of_a_method_that_needs_them(tmp
 
 def test_a_run_begins_to_match_at_its_epoch_and_goes_on_after_a_stop(shards, tmp_path):
     words = [*METHODS["nearest"], "loss.frame_match_from_epoch=1", "data.frame_features=own", "training.resume=auto"]
+    words += ["training.num_epochs=2", "data.validation={}"]
     loop.train(prepared(shards, tmp_path / "whole", *words))
     for stop in (["training.max_steps=4"], []):
         loop.train(prepared(shards, tmp_path / "parts", *words, *stop))
@@ -135,7 +136,7 @@ def test_a_run_begins_to_match_at_its_epoch_and_goes_on_after_a_stop(shards, tmp
         {int(line["trainer/step"]): line for line in read_metrics(tmp_path / name) if "train/loss" in line}
         for name in ("whole", "parts")
     )
-    assert [step for step, line in whole.items() if "train/frame_0_share" in line] == list(range(4, 10))
+    assert [step for step, line in whole.items() if "train/frame_0_share" in line] == list(range(4, 7))
     for step, line in whole.items():
         for name in ("train/loss", "train/frame_2_share", "optim/gradient_norm"):
             assert parts[step].get(name) == line.get(name), (step, name)
@@ -167,7 +168,7 @@ def test_retrieval_by_the_middle_frame_the_best_one_or_eq_4(shards, tmp_path, wo
         assert features["audio->image"].metrics == found["audio->image"].metrics
 
 
-def test_a_multiframe_run_goes_on_to_captions(shards, tmp_path, monkeypatch):
+def test_a_multiframe_run_goes_on_to_captions_and_shows_its_frames(shards, tmp_path, monkeypatch, capsys):
     run_dir, out = tmp_path / "multiframe", tmp_path / "out"
     words = [*METHODS["segments"], "data.frame_features=own", "training.num_epochs=1"]
     loop.train(prepared(shards, run_dir, *words))
@@ -188,6 +189,10 @@ def test_a_multiframe_run_goes_on_to_captions(shards, tmp_path, monkeypatch):
     words += [f"model.text.init={text_file}"]
     tuned = prepared(shards, tmp_path / "tuned", *words)
     assert tuned.evaluate()[0].directions["audio->text"].metrics == found
+    monkeypatch.setattr(sys, "argv", ["frames.py", f"run={run_dir}", f"out={tmp_path / 'frames.png'}", "clips=3"])
+    frames.main()
+    assert "3 clips, nearest frame 0: " in capsys.readouterr().out
+    assert (tmp_path / "frames.png").stat().st_size > 1000
     whole = prepared(shards, tmp_path / "whole", "task=audio-text", f"model.audio.init={run_dir}")
     for name, tensor in whole.model.audio.state_dict().items():
         assert torch.equal(tensor, weights[f"audio.{name}"]), name

@@ -7,7 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from audiotext_dist.errors import UserError
-from audiotext_dist.evaluation.metrics import chance_metrics, mean_metrics, metrics_of_queries, retrieval_metrics
+from audiotext_dist.evaluation.metrics import (
+    chance_metrics,
+    mean_metrics,
+    metrics_of_queries,
+    pair_scores,
+    retrieval_metrics,
+)
 
 
 def ids(*lists):
@@ -117,3 +123,25 @@ def test_embeddings_that_are_not_finite_and_queries_without_an_answer_are_errors
         retrieval_metrics(queries, np.where(np.eye(3) * [0, 1, 0], np.nan, items).astype(np.float32), ids([0], [1]))
     with pytest.raises(UserError, match="1 queries have no relevant item, the first at row 1"):
         retrieval_metrics(queries, items, ids([0], []))
+
+
+@given(
+    num_queries=st.integers(1, 7), num_items=st.integers(2, 9), num_frames=st.integers(1, 4), bytes_=st.integers(1, 99)
+)
+def test_a_side_of_frames_scores_by_its_best_one(num_queries, num_items, num_frames, bytes_):
+    rng = np.random.default_rng(num_items)
+    queries = rng.standard_normal((num_queries, 3), np.float32)
+    frames = rng.standard_normal((num_items, num_frames, 3), np.float32)
+    expected = np.array([[max(query @ frame for frame in item) for item in frames] for query in queries])
+    np.testing.assert_allclose(pair_scores(queries, frames), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(pair_scores(frames, queries), pair_scores(queries, frames).T)
+    wanted = [np.array([number % num_items]) for number in range(num_queries)]
+    tiled = mean_metrics(metrics_of_queries(queries, frames, wanted, tile_bytes=bytes_))
+    assert tiled == pytest.approx(plain(pair_scores(queries, frames), [[int(w[0])] for w in wanted]))
+
+
+def test_a_frame_that_is_not_finite_is_told():
+    frames = np.ones((2, 3, 4), np.float32)
+    frames[1, 2, 0] = np.nan
+    with pytest.raises(UserError, match="1 item embeddings are not finite, the first at row 1"):
+        retrieval_metrics(np.ones((1, 4), np.float32), frames, ids([0]))
