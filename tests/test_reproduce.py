@@ -140,12 +140,14 @@ def test_a_step_whose_command_changed_is_refused(file):
 
 def test_on_gpus_each_job_has_its_own(file, monkeypatch):
     monkeypatch.setattr(runner.torch.cuda, "device_count", lambda: 5)
-    assert [place.gpus for place in places(read_table(str(file), []))] == [(0,), (1,), (2,), (3,), (4,)]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [place.gpus for place in places(read_table(str(file), []))] == [("0",), ("1",), ("2",), ("3",), ("4",)]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "9,8,7,6,5")
     both = places(read_table(str(file), ["gpus_a_job=2"]))
-    assert [place.gpus for place in both] == [(0, 1), (2, 3)]
-    assert both[1].environment()["CUDA_VISIBLE_DEVICES"] == "2,3"
-    assert both[1].launch().startswith("deepspeed --log_level warning --num_accelerators 2 --master_port ")
-    assert Place(gpus=(3,), num_threads=1).launch() == "python"
+    assert [place.gpus for place in both] == [("9", "8"), ("7", "6")]
+    assert both[1].environment()["CUDA_VISIBLE_DEVICES"] == "7,6"
+    assert both[1].launch().startswith("deepspeed --log_level warning --master_port ")
+    assert Place(gpus=("3",), num_threads=1).launch() == "python"
     with pytest.raises(UserError, match="gpus_a_job=6, but there are 5 GPUs"):
         places(read_table(str(file), ["gpus_a_job=6"]))
 

@@ -79,8 +79,7 @@ class FramesBlock(Block):
 
     def add_gradient(self, tile: slice, g_cN: torch.Tensor) -> None:
         """Take in the gradient with respect to the scores that were made last: each goes to its best frame."""
-        g_cN = self._rounded(g_cN)
         for number, t_ND in enumerate(self._t_LND):
-            own_cN = g_cN * (self._best_cN == number)
+            own_cN = self._rounded(torch.mul(g_cN, self._best_cN == number, out=self._frame_cN))
             self._add_product(own_cN, t_ND, self.grad_x_nD[tile])
             self._add_product(own_cN.T, self._x_nD[tile], self.grad_t_ND[:, number])

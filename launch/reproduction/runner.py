@@ -7,6 +7,7 @@ since is refused: what it left would not be what the table says.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -35,21 +36,22 @@ Job = tuple[str, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where one job runs: GPUs by number, none for the CPU; the threads of each of its processes."""
+    """Where one job runs: GPUs by name, none for the CPU; the threads of each of its processes."""
 
-    gpus: tuple[int, ...]
+    gpus: tuple[str, ...]
     num_threads: int
 
     def launch(self) -> str:
         """What a table's ``${launch}`` stands for."""
         if len(self.gpus) < 2:
             return "python"
-        return f"deepspeed --log_level warning --num_accelerators {len(self.gpus)} --master_port {_free_port()}"
+        # The launcher takes the GPUs that are visible, unless it is told a number of them.
+        return f"deepspeed --log_level warning --master_port {_free_port()}"
 
     def environment(self) -> dict[str, str]:
         """Of its commands."""
         threads = os.environ.get("OMP_NUM_THREADS", str(self.num_threads))
-        device = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, self.gpus))} if self.gpus else {"DS_ACCELERATOR": "cpu"}
+        device = {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)} if self.gpus else {"DS_ACCELERATOR": "cpu"}
         return {**os.environ, **device, "OMP_NUM_THREADS": threads, "MASTER_PORT": str(_free_port())}
 
 
@@ -63,12 +65,14 @@ def places(table: Table) -> list[Place]:
     if num_gpus == 0:
         num_jobs = table.jobs or 1
         return [Place(gpus=(), num_threads=max(1, num_cores // num_jobs))] * num_jobs
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(gpu) for gpu in range(num_gpus)]
     num_jobs = min(table.jobs or num_gpus, num_gpus // table.gpus_a_job)
     if num_jobs == 0:
         raise UserError(f"gpus_a_job={table.gpus_a_job}, but there are {num_gpus} GPUs: lower it")
     threads = max(1, num_cores // (num_jobs * table.gpus_a_job))
     first = range(0, num_jobs * table.gpus_a_job, table.gpus_a_job)
-    return [Place(gpus=tuple(range(gpu, gpu + table.gpus_a_job)), num_threads=threads) for gpu in first]
+    return [Place(gpus=tuple(gpus[gpu : gpu + table.gpus_a_job]), num_threads=threads) for gpu in first]
 
 
 class Runner:
@@ -161,7 +165,8 @@ class Runner:
     def _call(self, command: str, log: Path, place: Place) -> int:
         words = shlex.split(command)
         if words[0] in ("python", "deepspeed"):
-            module = [] if words[0] == "python" else ["-m", "deepspeed.launcher.runner"]
+            # launch.run passes a signal on to the ranks, which deepspeed does not.
+            module = [] if words[0] == "python" else ["-m", "launch.run"]
             words = [sys.executable, *module, *words[1:]]
         with log.open("wb") as file, self._lock:
             if self._stopped:
@@ -188,7 +193,8 @@ class Runner:
         with self._lock:
             self._stopped = True
             for process in self._running:
-                os.killpg(process.pid, signal.SIGTERM)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGTERM)
 
 
 def _read_mark(path: Path) -> dict[str, object] | None:
