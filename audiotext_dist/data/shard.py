@@ -127,8 +127,8 @@ def _listed_shards(folder: str, pattern: str, listed: pyarrow.Table, retry: Retr
         strangers = set(chosen) - set(names)
     if strangers:
         raise UserError(
-            f"{storage.public_name(folder)} has no {min(strangers)} in its {LIST_NAME}: run the build of that set to "
-            f"its end, or remove {LIST_NAME}"
+            f"{storage.public_name(folder)} has no {min(strangers)} in its {LIST_NAME}: list it anew with "
+            f"python -m shards.index shards={storage.public_name(folder)}"
         )
     if not chosen:
         raise UserError(f"no {pattern} in the {LIST_NAME} of {storage.public_name(folder)}: check the path")

@@ -33,9 +33,10 @@ import simplejpeg
 import soundfile
 import torch
 
+from audiotext_dist.data.decode import FrameChoice
 from audiotext_dist.data.loader import TrainingBatches
 from audiotext_dist.data.plan import Plan
-from audiotext_dist.data.sample import Sample
+from audiotext_dist.data.sample import Sample, frame_member
 from audiotext_dist.data.sets import DataConfig, SetConfig, make_plan, open_sets
 from audiotext_dist.data.shard import Shard, load_shards
 from audiotext_dist.data.shard_list import list_row, write_list
@@ -64,7 +65,12 @@ class Case:
     title: str
     shards: str
     clip_seconds: float
-    with_frames: bool
+    frames: FrameChoice = "none"
+
+    @property
+    def jpegs(self) -> list[str]:
+        """The members that hold so many frames of a clip."""
+        return {"none": [], "random": ["1.jpg"], "all": [frame_member(number) for number in range(4)]}[self.frames]
 
     @property
     def num_clips(self) -> int:
@@ -97,15 +103,15 @@ def cases(folder: Path) -> list[Case]:
     sounds = build(folder / "esc", sound, MediaConfig(num_frames=0))
     films = build(folder / "av", film, frames, copies=16)
     return [
-        Case(title="ESC-50, 5 s", shards=sounds, clip_seconds=5, with_frames=False),
+        Case(title="ESC-50, 5 s", shards=sounds, clip_seconds=5),
         Case(
             title="UrbanSound8K, 4 s",
             shards=build(folder / "street", street, MediaConfig(num_frames=0)),
             clip_seconds=4,
-            with_frames=False,
         ),
-        Case(title="VGGSound, 10 s and a frame", shards=films, clip_seconds=10, with_frames=True),
-        Case(title="VGGSound, 3 s of 10 and a frame", shards=films, clip_seconds=3, with_frames=True),
+        Case(title="VGGSound, 10 s and a frame", shards=films, clip_seconds=10, frames="random"),
+        Case(title="VGGSound, 10 s and all 4 frames", shards=films, clip_seconds=10, frames="all"),
+        Case(title="VGGSound, 3 s of 10 and a frame", shards=films, clip_seconds=3, frames="random"),
     ]
 
 
@@ -129,42 +135,42 @@ def reader_batches(case: Case, num_workers: int, num_passes: int) -> Iterator[ob
         clip_seconds=case.clip_seconds,
         num_lanes=16,
     )
-    sets = open_sets(data.train, data, frames=case.with_frames, captions=False)
+    sets = open_sets(data.train, data, frames=case.frames != "none", captions=False)
 
     def plan_of(epoch: int) -> Plan:
         return make_plan(sets, data, seed=0, epoch=epoch, global_batch_size=BATCH_SIZE, world_size=1)
 
-    decode = data.decode_config(frames="random" if case.with_frames else "none", frame_pixels=FRAME_PIXELS, random=True)
+    decode = data.decode_config(frames=case.frames, frame_pixels=FRAME_PIXELS, random=True)
     batches = TrainingBatches(sets, plan_of, decode, seed=0, world=World(), tokenize=None)
     steps = range(num_passes * plan_of(0).num_batches)
     return iterate(batches, steps, num_workers=num_workers, device=CPU)
 
 
-def encoded_clips(case: Case) -> list[tuple[bytes, bytes | None]]:
-    """(FLAC, one JPEG) of every clip, in memory."""
+def encoded_clips(case: Case) -> list[tuple[bytes, list[bytes]]]:
+    """(FLAC, JPEGs) of every clip, in memory."""
     shards = load_shards(case.shards)
     with contextlib.closing(ShardReader(shards)) as reader:
         return [
-            (reader.read(shard, row, "flac"), reader.read(shard, row, "1.jpg") if case.with_frames else None)
+            (reader.read(shard, row, "flac"), [reader.read(shard, row, jpeg) for jpeg in case.jpegs])
             for shard, found in enumerate(shards)
             for row in range(found.num_samples)
         ]
 
 
-def decode_bare(clips: list[tuple[bytes, bytes | None]], num_samples: int, num_passes: int) -> None:
+def decode_bare(clips: list[tuple[bytes, list[bytes]]], num_samples: int, num_passes: int) -> None:
     """soundfile and simplejpeg on the same bytes, and nothing else."""
     random = np.random.default_rng(0)
     for _ in range(num_passes):
-        for flac, jpeg in clips:
+        for flac, jpegs in clips:
             with soundfile.SoundFile(io.BytesIO(flac)) as file:
                 if surplus := max(file.frames - num_samples, 0):
                     file.seek(int(random.integers(surplus + 1)))
                 file.read(num_samples, dtype="int16")
-            if jpeg is not None:
+            for jpeg in jpegs:
                 simplejpeg.decode_jpeg(jpeg, colorspace="RGB")
 
 
-def decode_bare_in_two(clips: list[tuple[bytes, bytes | None]], num_samples: int, num_passes: int) -> None:
+def decode_bare_in_two(clips: list[tuple[bytes, list[bytes]]], num_samples: int, num_passes: int) -> None:
     """The same in two processes, half of the clips each."""
     halves = [clips[::2], clips[1::2]]
     context = multiprocessing.get_context("fork")
@@ -194,9 +200,7 @@ def compare_decoding(folder: Path) -> None:
                 lambda passes, case=case, num=num_workers: exhaust(lambda: reader_batches(case, num, passes)),  # type: ignore[misc]
                 *(
                     lambda passes, case=case, num=num_workers, style=style: exhaust(  # type: ignore[misc]
-                        lambda: stock_pipelines.batches(
-                            case.shards, style, case.clip_seconds, case.with_frames, num, passes
-                        )
+                        lambda: stock_pipelines.batches(case.shards, style, case.clip_seconds, case.jpegs, num, passes)
                     )
                     for style in ("webdataset", "clap")
                 ),
@@ -223,13 +227,13 @@ def compare_tar_access(folder: Path) -> None:
     """The bytes of every sample's members, samples a CPU second; and of those that a training step takes."""
     print("| clips | KB read | pread alone | reader, in the plan's order | webdataset, all members | x |")
     print("|---|---|---|---|---|---|", flush=True)
-    sound, street, film, _ = cases(folder)
+    sound, street, film, all_frames, _ = cases(folder)
     everything = ["flac", "json", *(f"{number}.jpg" for number in range(4))]
     for case, title, members in (
         (sound, sound.title, everything[:2]),
         (street, street.title, everything[:2]),
-        (film, "VGGSound, 10 s and all 4 frames", everything),
-        (film, "VGGSound, 10 s and a frame", everything[:3]),
+        (all_frames, all_frames.title, everything),
+        (film, film.title, everything[:3]),
     ):
         shards = load_shards(case.shards)
         raw = partial(read_in_place, shards, members)

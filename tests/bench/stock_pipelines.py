@@ -26,10 +26,10 @@ Style = Literal["webdataset", "clap"]
 
 
 def batches(
-    shards: str, style: Style, clip_seconds: float, with_frames: bool, num_workers: int, num_passes: int
+    shards: str, style: Style, clip_seconds: float, jpegs: list[str], num_workers: int, num_passes: int
 ) -> Iterator[Any]:
     """A tar stream, shard and sample shuffle, decode, batch; in DataLoader workers."""
-    decode = _Decode(style, round(clip_seconds * SAMPLE_RATE_HZ), with_frames)
+    decode = _Decode(style, round(clip_seconds * SAMPLE_RATE_HZ), jpegs)
     dataset = (
         wds.WebDataset(expand(shards, SHARD_SUFFIX), shardshuffle=100, empty_check=False)
         .shuffle(200)
@@ -48,8 +48,8 @@ def members(shards: str, num_passes: int) -> Iterator[Any]:
 class _Decode:
     """One sample: ``webdataset`` with the decoders of the reader; ``clap`` in floats, with the mel in the worker."""
 
-    def __init__(self, style: Style, num_samples: int, with_frames: bool) -> None:
-        self._style, self._num_samples, self._with_frames = style, num_samples, with_frames
+    def __init__(self, style: Style, num_samples: int, jpegs: list[str]) -> None:
+        self._style, self._num_samples, self._jpegs = style, num_samples, jpegs
         self._random = np.random.default_rng(0)
         # CLAP's, and CLIP's as torchvision writes it.
         self._mel = torchaudio.transforms.MelSpectrogram(
@@ -66,18 +66,17 @@ class _Decode:
         )
 
     def __call__(self, sample: dict[str, Any]) -> tuple[Any, ...]:
-        """(sound, frame) as tensors or arrays."""
+        """(sound, frames) as tensors or arrays."""
         if self._style == "webdataset":
             sound, _ = soundfile.read(io.BytesIO(sample["flac"]), dtype="int16")
             sound = self._fit(sound)
-            frame = _centre(simplejpeg.decode_jpeg(sample["1.jpg"])) if self._with_frames else 0
-            return sound, frame
+            return sound, np.array([_centre(simplejpeg.decode_jpeg(sample[jpeg])) for jpeg in self._jpegs])
         sound, _ = soundfile.read(io.BytesIO(sample["flac"]), dtype="float32")
         # Through 16 bits and back, as CLAP does.
         sound = (np.clip(sound, -1, 1) * 32767).astype(np.int16).astype(np.float32) / 32767
         mel = self._to_db(self._mel(torch.from_numpy(self._fit(sound))))
-        frame = self._transform(Image.open(io.BytesIO(sample["1.jpg"])).convert("RGB")) if self._with_frames else 0
-        return mel, frame
+        frames = [self._transform(Image.open(io.BytesIO(sample[jpeg])).convert("RGB")) for jpeg in self._jpegs]
+        return mel, torch.stack(frames) if frames else 0
 
     def _fit(self, sound: np.ndarray) -> np.ndarray:
         surplus = len(sound) - self._num_samples
