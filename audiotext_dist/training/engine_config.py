@@ -19,12 +19,14 @@ class EngineConfig:
     the run on all ranks.
     deepspeed_config: a JSON file with more of DeepSpeed's own options; a key that says otherwise than the recipe is
     refused.
+    compile: the towers, with torch.compile; the first steps and the first evaluation then take minutes.
     activation_checkpointing: compute the towers' activations again in the backward, to save their memory.
     """
 
     zero_stage: int = 0
     deepspeed_config: str | None = None
     activation_checkpointing: bool = False
+    compile: bool = False
     collective_timeout_seconds: float = 600.0
 
     def __post_init__(self) -> None:

@@ -27,6 +27,7 @@ from audiotext_dist.models.audio import AudioTower
 from audiotext_dist.models.dual_encoder import DualEncoder, build_model
 from audiotext_dist.training import checkpoint
 from audiotext_dist.training.checkpoint import Progress
+from audiotext_dist.training.compiling import check_compiler, compile_towers
 from audiotext_dist.training.engine_config import deepspeed_config
 from audiotext_dist.training.features import features_of, needs_pictures, replaced_encoders
 from audiotext_dist.training.recipe import Recipe
@@ -129,6 +130,8 @@ def prepare(recipe: Recipe, world: World) -> Prepared:
         UserError: one line that names the thing and the mend.
     """
     recipe.check_world(world.size)
+    if recipe.engine.compile:
+        check_compiler()
     _check_writable(Path(recipe.run_dir))
     if recipe.training.resume == "never" and checkpoint.has_checkpoints(Path(recipe.run_dir)):
         raise UserError(
@@ -164,6 +167,8 @@ def prepare(recipe: Recipe, world: World) -> Prepared:
     prepared.deepspeed_config()
     if recipe.engine.activation_checkpointing:
         _checkpoint_activations(prepared.model)
+    if recipe.engine.compile:
+        compile_towers(prepared.model)
     if world.local_rank == 0:
         warn_of_small_cache(train_sets, recipe.data, global_batch_size=recipe.training.global_batch_size, world=world)
     return prepared
