@@ -14,8 +14,8 @@ from audiotext_dist import configuration
 from audiotext_dist.data.shard import load_shards
 from audiotext_dist.errors import UserError, require_positive, run_for_people
 from audiotext_dist.evaluation.correspondence_picture import draw_queries
-from audiotext_dist.evaluation.correspondences import Judgement, annotated, judge, read_said, truth
-from audiotext_dist.evaluation.retrieval import read_relevance
+from audiotext_dist.evaluation.correspondences import Judgement, annotated, judge, read_said, truth, truth_of_labels
+from audiotext_dist.evaluation.retrieval import LABEL_RELEVANCE, read_relevance
 
 PICTURE, RESULTS = "correspondences.png", "correspondences.json"
 ALL = "all together"
@@ -37,8 +37,9 @@ class LookConfig:
     """What is looked at.
 
     features: names of what launch/embed.py run=RUN wrote of the shards. folder: where it lies, default beside them.
-    relevance: a file that says which captions truly describe which clips. max_clips: the set's first ones.
-    temperature, batch_size: of the targets. num_queries, top: captions in the picture, clips of each. seed: draws them.
+    relevance: a file that says which captions truly describe which clips, or ``labels``. max_clips: the set's first
+    ones. temperature, batch_size: of the targets. num_queries, top: captions in the picture, clips of each. seed: draws
+    the captions.
     """
 
     shards: str = "???"
@@ -66,9 +67,10 @@ def main() -> None:
         print(HELP + configuration.describe(LookConfig))
         return
     config = configuration.parse(LookConfig, words)
-    relevance = None if config.relevance is None else read_relevance(config.relevance)
+    by_labels = config.relevance == LABEL_RELEVANCE
+    relevance = None if config.relevance is None or by_labels else read_relevance(config.relevance)
     said = read_said(load_shards(config.shards), config.features, config.folder, config.max_clips)
-    true_KC = None if relevance is None else truth(said, relevance)
+    true_KC = truth_of_labels(said) if by_labels else None if relevance is None else truth(said, relevance)
     groups = {name: [name] for name in config.features}
     if len(config.features) > 1:
         groups[ALL] = config.features

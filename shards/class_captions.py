@@ -14,6 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from audiotext_dist import storage
 from audiotext_dist.configuration import describe, parse
@@ -39,13 +40,15 @@ class ClassCaptionsConfig:
     """The list and its columns.
 
     table: csv, tsv, jsonl or parquet. class_column: the class, its words joined by spaces or underscores. name_column:
-    what tells clips apart. out: a .jsonl file, beside which relative paths of the list must hold, or give media= to the
-    build. num_captions: of each clip. seed: of the draw.
+    what tells clips apart. file_pattern: a clip's path in the folder that media= of the build names, made of columns
+    (``fold{fold}/{name}``); null leaves the list's column file as it is. out: a .jsonl file. num_captions: of each
+    clip. seed: of the draw.
     """
 
     table: str = "???"
     class_column: str = "???"
     name_column: str = "???"
+    file_pattern: str | None = None
     out: str = "???"
     num_captions: int = 3
     seed: int = 0
@@ -71,9 +74,17 @@ def class_captions(config: ClassCaptionsConfig) -> int:
         thing = str(row[config.class_column]).replace("_", " ").lower()
         phrases = Random(f"{config.seed}/{row[config.name_column]}").sample(PHRASES, config.num_captions)
         captions = [_sentence(phrase.format(thing)) for phrase in phrases]
-        lines.append(json.dumps({**row, "captions": captions}, ensure_ascii=False))
+        file = {} if config.file_pattern is None else {"file": _path(config.file_pattern, row, place)}
+        lines.append(json.dumps({**row, **file, "captions": captions}, ensure_ascii=False))
     storage.write_bytes(config.out, "\n".join([*lines, ""]).encode())
     return len(lines)
+
+
+def _path(pattern: str, row: dict[str, Any], place: str) -> str:
+    try:
+        return pattern.format_map(row)
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(f"{place}: file_pattern={pattern} asks for {error}: its columns are {', '.join(row)}") from None
 
 
 def _sentence(words: str) -> str:

@@ -31,10 +31,11 @@ from audiotext_dist.losses.targets import join_teachers
 class Said:
     """Of K clips and their C captions, by the name of the teacher: embeddings [K, E] and [C, E].
 
-    clip_C: the clip that each caption was written for. number_C: which of its captions it is.
+    labels: of each clip. clip_C: the clip that each caption was written for. number_C: which of its captions it is.
     """
 
     keys: list[str]
+    labels: list[list[str]]
     captions: list[str]
     clip_C: NDArray[np.int64]
     number_C: NDArray[np.int64]
@@ -65,6 +66,7 @@ def read_said(shards: Sequence[Shard], features: Sequence[str], folder: str | No
         readers[name] = FeatureReader(files, "audio"), FeatureReader(files, "text")
     members = ShardReader(shards)
     keys: list[str] = []
+    labels: list[list[str]] = []
     captions: list[list[str]] = []
     audio: dict[str, list[NDArray[np.float32]]] = {name: [] for name in readers}
     text: dict[str, list[NDArray[np.float32]]] = {name: [] for name in readers}
@@ -78,6 +80,7 @@ def read_said(shards: Sequence[Shard], features: Sequence[str], folder: str | No
         except BadSampleError:
             continue
         keys.append(key)
+        labels.append(metadata.labels)
         captions.append(metadata.text)
         for name, (audio_1E, text_NE) in said.items():
             audio[name].append(audio_1E)
@@ -86,6 +89,7 @@ def read_said(shards: Sequence[Shard], features: Sequence[str], folder: str | No
         raise UserError("no clip of these shards has a caption that was embedded: give other shards=")
     return Said(
         keys=keys,
+        labels=labels,
         captions=[caption for each in captions for caption in each],
         clip_C=np.repeat(np.arange(len(keys)), [len(each) for each in captions]),
         number_C=np.concatenate([np.arange(len(each)) for each in captions]),
@@ -113,6 +117,14 @@ def truth(said: Said, relevance: Sequence[Mapping[str, Any]]) -> NDArray[np.bool
         captions = [caption_of[pair] for pair in line["captions"] if pair in caption_of]
         true_KC[np.ix_(clips, captions)] = True
     return true_KC
+
+
+def truth_of_labels(said: Said) -> NDArray[np.bool_]:
+    """True where a caption was written for a clip that shares a label with this one, [K, C]."""
+    names = sorted({label for labels in said.labels for label in labels})
+    has_KL = np.array([[name in labels for name in names] for labels in said.labels], np.float32)
+    shared: NDArray[np.bool_] = has_KL @ has_KL[said.clip_C].T > 0
+    return shared
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from audiotext_dist.data.encoders import Encoder
 from audiotext_dist.data.feature_files import OFFSETS, FeatureHeader
 from audiotext_dist.data.shard import load_shards
 from audiotext_dist.errors import UserError
-from audiotext_dist.evaluation.correspondences import average_precision, judge, read_said, truth
+from audiotext_dist.evaluation.correspondences import average_precision, judge, read_said, truth, truth_of_labels
 from launch import correspondences
 from tests.clips import make_sample, write_shards
 
@@ -50,7 +50,9 @@ def write_features(folder, name, turn):
 
 @pytest.fixture
 def folder(tmp_path):
-    write_shards(tmp_path / "set", [[make_sample(number) for number in range(NUM_CLIPS)]])
+    write_shards(
+        tmp_path / "set", [[make_sample(number, labels=[f"class {number % 2}"]) for number in range(NUM_CLIPS)]]
+    )
     for name, turn in (("right", 0), ("wrong", 1)):
         write_features(tmp_path / "set", name, turn)
     lines = [{"captions": [[f"clip-{n:04d}", 0]], "clips": [f"clip-{n:04d}", "clip-0000"]} for n in range(NUM_CLIPS)]
@@ -79,6 +81,12 @@ def test_truth_names_clips_and_captions_by_their_keys(folder):
     said = read_said(load_shards(str(folder / "set")), ["right"], None, max_clips=4)
     lines = [{"captions": [("clip-0001", 1), ("clip-0005", 0)], "clips": ["clip-0000", "clip-0003", "clip-0004"]}]
     assert np.argwhere(truth(said, lines)).tolist() == [[0, 3], [3, 3]]
+
+
+def test_captions_of_one_label_describe_each_other_s_clips(folder):
+    said = read_said(load_shards(str(folder / "set")), ["right"], None, max_clips=3)
+    expected = [[1, 1, 0, 0, 1, 1], [0, 0, 1, 1, 0, 0], [1, 1, 0, 0, 1, 1]]
+    assert truth_of_labels(said).astype(int).tolist() == expected
 
 
 def test_the_command_writes_a_table_and_a_picture(folder, monkeypatch, capsys):

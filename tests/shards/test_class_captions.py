@@ -1,6 +1,7 @@
 """Captions made of classes: several wordings, the same again on the next call, built into shards."""
 
 import json
+import re
 
 import pytest
 
@@ -24,6 +25,9 @@ def folder(tmp_path):
 def test_each_clip_gets_its_own_wordings_of_its_class(folder):
     assert class_captions(config(folder)) == 40
     first = (folder / "clips.jsonl").read_bytes()
+    class_captions(config(folder, file_pattern="fold/{file}"))
+    built = list(records(TableConfig(table=str(folder / "clips.jsonl"), dataset="x", caption_columns=["captions"])))
+    assert built[3].media == str(folder / "fold" / "3.wav")
     class_captions(config(folder))
     assert (folder / "clips.jsonl").read_bytes() == first
     built = list(records(TableConfig(table=str(folder / "clips.jsonl"), dataset="x", caption_columns=["captions"])))
@@ -39,11 +43,12 @@ def test_each_clip_gets_its_own_wordings_of_its_class(folder):
     ("changes", "message"),
     [
         ({"class_column": "kind"}, "line 2 has nothing in column 'kind': its columns are file, class"),
+        ({"file_pattern": "{fold}/{file}"}, "file_pattern={fold}/{file} asks for 'fold': its columns are file, class"),
         ({"num_captions": 11}, "num_captions=11: give a number from 1 to 10"),
         ({"out": "clips.csv"}, "give a name that ends with .jsonl"),
     ],
 )
 def test_wrong_words_are_one_line(folder, changes, message):
-    with pytest.raises(UserError, match=message) as raised:
+    with pytest.raises(UserError, match=re.escape(message)) as raised:
         class_captions(config(folder, **changes))
     assert "\n" not in str(raised.value)
