@@ -22,6 +22,7 @@ from audiotext_dist.errors import run_for_people
 # One process imports what most ranks need, some eight seconds of CPU; each rank is forked from it.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["launch.pretrain"])
+_LIMIT_SECONDS = 600
 
 
 def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
@@ -65,6 +66,8 @@ def run_command_on_ranks(script: str, words: Sequence[str], world_size: int) -> 
         for process in ranks:
             process.start()
         for process in ranks:
+            process.join(_LIMIT_SECONDS)
+            process.kill()  # where it hangs
             process.join()
         code = next((process.exitcode for process in ranks if process.exitcode), 0)
         said = [output.read_text() for output in outputs]
