@@ -65,7 +65,8 @@ def test_nothing_of_a_run_outlives_a_rank_that_hangs_or_dies(
         wait_for_all(processes)
         seconds = time.monotonic() - start
         print(f"{fault.name} to rank {number}: nothing left after {seconds:.1f} s")
-        assert seconds < 5 + 30 + 15
+        # The limit, the launcher's 30 s for a process that is stopped, and the turns of a busy machine.
+        assert seconds < 5 + 30 + 45
         assert code != 0
         said = [line for line in run.said().splitlines() if line.startswith("error:")]
         assert len(said) == 1, run.said()
