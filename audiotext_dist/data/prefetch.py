@@ -47,7 +47,7 @@ class Prefetcher:
 
     Args:
         upcoming: the shards that are needed from a step on, in order. It must not refer to who owns this prefetcher,
-            nor must ``beside``: what else is read with a shard.
+            nor must ``beside``: what else is read with a shard; has_remote: whether any of that is remote.
         max_bytes: how far it looks ahead; a share of the cache, so that no rank drives out what another needs.
     """
 

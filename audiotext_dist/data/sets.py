@@ -156,7 +156,7 @@ def _check_contents(name: str, shards: Sequence[Shard], config: DataConfig, *, f
     if 0 in rates_hz or any(shard.num_captioned is None for shard in shards):
         metadata = _first_metadata(name, shards[0], config.node_cache())
         rates_hz.add(metadata.sample_rate)
-        has_captions = bool(metadata.text)
+        has_captions = has_captions or bool(metadata.text)
     if others := rates_hz - {0, config.sample_rate_hz}:
         raise UserError(
             f"data set '{name}' was built at {min(others)} Hz: set data.sample_rate_hz to that, "

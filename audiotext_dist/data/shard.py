@@ -117,19 +117,17 @@ def load_shards(spec: str, cache: NodeCache | None = None) -> list[Shard]:
 def _listed_shards(folder: str, pattern: str, listed: pyarrow.Table, retry: RetryConfig) -> list[Shard]:
     """Those of a folder's listed shards that a pattern names; what the list does not tell of is refused."""
     names = listed["name"].to_pylist()
+    anew = f"list it anew with python -m shards.index shards={storage.public_name(folder)}"
     if "*" in pattern:
-        chosen = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+        chosen = fnmatch.filter(names, pattern)
         # To list a bucket of so many takes a request a thousand.
-        present = [] if storage.is_remote(folder) else storage.list_files(folder or ".", SHARD_SUFFIX)
-        strangers = {path.rpartition("/")[2] for path in present} - set(names)
+        present = chosen if storage.is_remote(folder) else _tars_in(folder or ".", pattern)
     else:
-        chosen = storage.expand_braces(pattern)
-        strangers = set(chosen) - set(names)
-    if strangers:
-        raise UserError(
-            f"{storage.public_name(folder)} has no {min(strangers)} in its {LIST_NAME}: list it anew with "
-            f"python -m shards.index shards={storage.public_name(folder)}"
-        )
+        present = chosen = storage.expand_braces(pattern)
+    if strangers := set(present) - set(names):
+        raise UserError(f"{storage.public_name(folder)} has no {min(strangers)} in its {LIST_NAME}: {anew}")
+    if absent := set(chosen) - set(present):
+        raise UserError(f"{storage.public_name(folder)} has no {min(absent)}, and {LIST_NAME} lists it: {anew}")
     if not chosen:
         raise UserError(f"no {pattern} in the {LIST_NAME} of {storage.public_name(folder)}: check the path")
     shard_of = {
@@ -149,6 +147,10 @@ def _listed_shards(folder: str, pattern: str, listed: pyarrow.Table, retry: Retr
         )
     }
     return [shard_of[name] for name in chosen]
+
+
+def _tars_in(folder: str, pattern: str) -> list[str]:
+    return fnmatch.filter((path.rpartition("/")[2] for path in storage.list_files(folder, SHARD_SUFFIX)), pattern)
 
 
 def _indexed_shards(spec: str, cache: NodeCache) -> list[Shard]:
@@ -195,7 +197,10 @@ def _check_belongs(path: str, index: ShardIndex) -> None:
     shown = storage.public_name(path)
     if index.shard_name != path.rpartition("/")[2]:
         raise UserError(f"the index beside {shown} is that of {index.shard_name}: copy or build the shard again")
-    if not storage.is_remote(path) and (found_bytes := Path(path).stat().st_size) != index.shard_bytes:
+    if (
+        not storage.is_remote(path)
+        and (found_bytes := Path(path.removeprefix("file://")).stat().st_size) != index.shard_bytes
+    ):
         raise UserError(
             f"{shown} has {found_bytes} bytes where its index says {index.shard_bytes}: build or copy the shard again"
         )

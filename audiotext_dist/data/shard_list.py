@@ -81,7 +81,10 @@ def read_list(folder: str, retry: RetryConfig | None = None) -> pyarrow.Table | 
     path = storage.join(folder, LIST_NAME)
     if not storage.exists(path, retry):
         return None
-    content = storage.read_bytes(path, retry)
+    try:
+        content = storage.read_bytes(path, retry)
+    except FileNotFoundError:  # removed just now, by a build
+        return None
     try:
         table = pyarrow.parquet.read_table(io.BytesIO(content))
         if not table.schema.equals(_SCHEMA, check_metadata=True):
@@ -89,6 +92,6 @@ def read_list(folder: str, retry: RetryConfig | None = None) -> pyarrow.Table | 
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(
             f"{storage.public_name(path)} is no list of shards ({' '.join(str(error).split())[:100]}): "
-            "remove it, or build the set again"
+            "remove it, or list the set anew with python -m shards.index"
         ) from None
     return table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from audiotext_dist.data.decode import DecodeConfig
 from audiotext_dist.data.index import index_path
 from audiotext_dist.data.loader import EvaluationBatches
 from audiotext_dist.data.sets import DataConfig, SetConfig, open_sets
-from audiotext_dist.data.shard import MAX_OPEN_INDEXES, _listed_index, load_shards
+from audiotext_dist.data.shard import _listed_index, load_shards
 from audiotext_dist.data.shard_list import LIST_NAME, write_list
 from audiotext_dist.data.shard_reader import ShardReader
 from audiotext_dist.distributed import World
@@ -73,8 +74,14 @@ def test_an_index_is_opened_when_its_shard_is_read(listed: Path, opened: list[st
     assert opened == ["00001.index.json"]
 
 
-def test_so_many_indexes_stay_open_and_no_more() -> None:
-    assert _listed_index.cache_info().maxsize == MAX_OPEN_INDEXES
+def test_no_more_indexes_stay_open_than_the_limit(
+    listed: Path, opened: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("audiotext_dist.data.shard._listed_index", lru_cache(maxsize=2)(_listed_index.__wrapped__))
+    first, second, third = load_shards(str(listed))
+    for shard in (first, second, first, third, first, second):
+        assert shard.index.shard_name == Path(shard.path).name
+    assert [name[:5] for name in opened] == ["00000", "00001", "00002", "00001"]
 
 
 def test_training_of_a_listed_set_is_checked_without_its_indexes(listed: Path, opened: list[str]) -> None:
@@ -170,11 +177,17 @@ def test_a_shard_that_the_list_lacks_is_refused(listed: Path) -> None:
             load_shards(spec)
 
 
+def test_a_listed_shard_that_is_gone_is_told_before_training(listed: Path) -> None:
+    (listed / "00002.tar").unlink()
+    with pytest.raises(UserError, match=r"has no 00002\.tar, and shards\.parquet lists it"):
+        load_shards(str(listed))
+
+
 def test_a_part_of_a_listed_set_may_be_named(listed: Path) -> None:
     def names(spec: str) -> list[str]:
         return [Path(shard.path).name for shard in load_shards(spec)]
 
-    assert names(f"{listed}/") == ["00000.tar", "00001.tar", "00002.tar"]
+    assert names(f"{listed}/") == names(f"file://{listed}") == ["00000.tar", "00001.tar", "00002.tar"]
     assert names(f"{listed}/{{00002,00000}}.tar") == ["00002.tar", "00000.tar"]
     assert names(f"{listed}/*1.tar::{listed}/00000.tar") == ["00001.tar", "00000.tar"]
     with pytest.raises(UserError, match=r"no x\*\.tar in the shards\.parquet"):
