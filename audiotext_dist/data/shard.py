@@ -197,10 +197,10 @@ def _check_belongs(path: str, index: ShardIndex) -> None:
     shown = storage.public_name(path)
     if index.shard_name != path.rpartition("/")[2]:
         raise UserError(f"the index beside {shown} is that of {index.shard_name}: copy or build the shard again")
-    if (
-        not storage.is_remote(path)
-        and (found_bytes := Path(path.removeprefix("file://")).stat().st_size) != index.shard_bytes
-    ):
+    if storage.is_remote(path):
+        return
+    found_bytes = Path(path.removeprefix("file://")).stat().st_size
+    if found_bytes != index.shard_bytes:
         raise UserError(
             f"{shown} has {found_bytes} bytes where its index says {index.shard_bytes}: build or copy the shard again"
         )
