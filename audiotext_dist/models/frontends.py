@@ -251,7 +251,8 @@ class LogMel(nn.Module):
 
 def resampled(waveform_NS: Tensor, sample_rate_hz: int, wanted_hz: int) -> Tensor:
     """The clips at the rate that a tower wants, float32 in [-1, 1], of int16 or of any float."""
-    resampled_NS: Tensor = resample(_full_scale(waveform_NS), sample_rate_hz, wanted_hz)
+    with torch.autocast(waveform_NS.device.type, enabled=False):
+        resampled_NS: Tensor = resample(_full_scale(waveform_NS), sample_rate_hz, wanted_hz)
     return resampled_NS
 
 

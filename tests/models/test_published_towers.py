@@ -17,6 +17,7 @@ from torchaudio.functional import resample
 
 from audiotext_dist.errors import UserError
 from audiotext_dist.models.atst import AtstConfig, AtstTower
+from audiotext_dist.models.frontends import resampled
 from audiotext_dist.models.mobilenet import MobileNetConfig, MobileNetTower
 from audiotext_dist.models.passt import PasstConfig, PasstTower
 from tests.models.formula import fill, sound
@@ -118,6 +119,8 @@ def test_a_clip_at_another_rate_is_resampled_first(make) -> None:  # type: ignor
     expected = tower(wanted_NS, lengths(wanted_NS))
     tower.sample_rate_hz = other_hz
     torch.testing.assert_close(tower(waveform_NS, lengths(waveform_NS)), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert resampled(waveform_NS, other_hz, own_hz).dtype == torch.float32
 
 
 @pytest.mark.parametrize("make", [passt, atst])
