@@ -12,7 +12,7 @@ RUNTIME = [
     "ninja",  # DeepSpeed compiles its own kernels where a recipe asks for one,
     "setuptools",  # and torch's extension builder imports setuptools to do it
     "open_clip_torch>=3.2",
-    "transformers",
+    "transformers>=5",
     "timm>=1.0",
     "webdataset>=1.0",
     "omegaconf>=2.4",

@@ -38,13 +38,14 @@ class AudioTowerConfig:
 
     pretrained: for clip a tag of its model or a local weights file, for passt, mobilenet and atst a published name
     (passt_s_p16_s16_128_ap468, mn10_as), a file or a URL, for transformers what name is, mostly the same; null is
-    random. sha256: what that file must be. init: a run
-    folder or export whose own tower of this kind is loaded over that. frozen: no gradient, evaluation mode always.
-    window_seconds, window_hop_seconds: a longer clip is the mean over such windows, of those that hold sound; null for
-    none, and for windows without overlap. name: of clip an open_clip model; of transformers one on the hub or a local
-    folder (AST, CLAP, wav2vec 2.0), for sizes and feature extractor. Of clip alone: init_from_image: copy
-    the model's image tower instead of reading ``name`` and ``pretrained``. stride_frames, stride_bins: of
-    the patches, in FBANK frames and mel bins; the patch itself has the size of the CLIP model's.
+    random. sha256: what that file must be, of passt, mobilenet and atst. init: a run folder or export whose own tower
+    of this kind is loaded over that. frozen: no gradient, evaluation mode always. window_seconds, window_hop_seconds: a
+    longer clip is the mean over such windows, of those that hold sound; null for none, and for windows without overlap.
+    name: of clip an open_clip model; of transformers one on the hub or a local folder (AST, CLAP, wav2vec 2.0), for
+    sizes and feature extractor. Of clip alone: init_from_image: copy the model's image tower instead of reading
+    ``name`` and ``pretrained``. stride_frames, stride_bins: of the patches, in FBANK frames and mel bins; the patch
+    itself has the size of the CLIP model's. num_outputs, outputs: embeddings a clip, each of a segment of it heard
+    alone, or of its tokens.
     """
 
     kind: Kind = "clip"
@@ -76,6 +77,8 @@ class AudioTowerConfig:
             raise UserError(
                 f"model.audio.kind={self.kind} has no init_from_image and one output: set kind=clip, or leave them out"
             )
+        if self.sha256 is not None and self.kind in ("clip", "transformers"):
+            raise UserError(f"model.audio.sha256 says nothing to kind={self.kind}: set it to null")
         if self.window_seconds is not None and self.num_outputs > 1:
             raise UserError("model.audio.num_outputs are of a whole clip: set model.audio.window_seconds=null")
 
@@ -83,10 +86,8 @@ class AudioTowerConfig:
         """The windows that a clip is heard in, or None for all of it at once."""
         if self.window_seconds is None:
             return None
-        hop_seconds = self.window_hop_seconds or self.window_seconds
-        return Windows(
-            window_samples=round(self.window_seconds * sample_rate_hz), hop_samples=round(hop_seconds * sample_rate_hz)
-        )
+        sizes = [seconds * sample_rate_hz for seconds in (self.window_seconds, self.window_hop_seconds) if seconds]
+        return Windows(window_samples=max(1, round(sizes[0])), hop_samples=max(1, round(sizes[-1])))
 
 
 class ChannelMeanConv(nn.Module):

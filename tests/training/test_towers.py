@@ -40,14 +40,14 @@ def words_of(shards, tmp_path, monkeypatch):
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_SIZE": 1, "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    folders = {kind: save_audio_model(tmp_path / kind, kind) for kind in ("ast",)}
+    audio = save_audio_model(tmp_path / "ast", "ast")
     text = save_text_model(tmp_path / "roberta", "roberta")
 
-    def words(kind: str, run: str = "run") -> list[str]:
-        own = [word.replace("AUDIO", folders["ast"]) for word in KINDS[kind]]
+    def words(kind: str) -> list[str]:
+        own = [word.replace("AUDIO", audio) for word in KINDS[kind]]
         return [
             *SMALL,
-            f"run_dir={tmp_path / run}",
+            f"run_dir={tmp_path / 'run'}",
             f"data.train.own.shards={shards}",
             f"model.audio.kind={kind}",
             *own,
@@ -55,7 +55,7 @@ def words_of(shards, tmp_path, monkeypatch):
             f"model.text.name={text}",
             f"model.text.pretrained={text}",
             "model.projection_dim=8",
-            "training.max_steps=2",
+            "training.max_steps=1",
             "training.micro_batch_size=6",
         ]
 
@@ -120,6 +120,7 @@ def test_a_frozen_audio_tower_says_the_same_always_and_its_projection_learns(wor
             ["model.text.frozen=true", "data.caption_features=clip"],
             r"data.caption_features=clip .*model.projection_dim=null",
         ),
+        (["model.audio.kind=clip", "model.audio.sha256=00"], r"sha256 says nothing to kind=clip"),
         (["model.projection_dim=0"], r"model.projection_dim=0"),
     ],
 )
