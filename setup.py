@@ -44,6 +44,7 @@ DEVELOPMENT = [
     "psutil",
     "ray",
     "pytrec-eval-terrier",
+    "wandb-workspaces",
 ]
 
 setup(
@@ -54,7 +55,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["audiotext_dist*", "shards*", "launch*"]),
-    package_data={"audiotext_dist.models": ["configs/*.json"], "launch": ["recipes/**/*.yaml"]},
+    package_data={"audiotext_dist.models": ["configs/*.json"], "launch": ["dashboard.yaml", "recipes/**/*.yaml"]},
     install_requires=RUNTIME,
-    extras_require={"dev": DEVELOPMENT, "ray": ["ray>=2.40"]},
+    extras_require={"dev": DEVELOPMENT, "ray": ["ray>=2.40"], "dashboard": ["wandb-workspaces"]},
 )

@@ -28,13 +28,15 @@ from audiotext_dist.data.sample import AUDIO_MEMBER, METADATA_MEMBER, frame_memb
 from audiotext_dist.data.sets import DataConfig
 from audiotext_dist.data.shard import Shard
 from audiotext_dist.data.shard_reader import ShardReader
+from audiotext_dist.errors import UserError
 from audiotext_dist.evaluation.metrics import pair_scores
-from audiotext_dist.evaluation.sheet import FoundCell, Picture, SheetRow, draw_sheet
-from audiotext_dist.evaluation.spectrogram import read_flac, spectrogram_with_axes
+from audiotext_dist.evaluation.sheet import FOUND_SIZE, OWN_SIZE, FoundCell, SheetRow, draw_sheet
+from audiotext_dist.evaluation.spectrogram import read_flac, spectrogram, spectrogram_with_axes
 
 EXAMPLES_FOLDER, TABLE_FILE, SHEET_FILE = "examples", "queries.json", "queries.png"
 NUM_FOUND = 5
 _FRAME_PIXELS = 224
+_NOTHING = Image.new("RGB", FOUND_SIZE, (225, 225, 225))
 _log = logging.getLogger(__name__)
 
 
@@ -100,12 +102,13 @@ def _hash(key: str) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class _ShownClip:
-    """What people see and hear of a clip; None where the task has no such side, or it does not decode."""
+    """What people see of a clip: its sound where the task has one, else its frame. waveform_S: of queries alone."""
 
     text: str
     captions: list[str]
-    waveform_S: NDArray[np.float32] | None
+    small: Image.Image
     frame: Image.Image | None
+    waveform_S: NDArray[np.float32] | None
 
 
 def write_examples(
@@ -114,29 +117,29 @@ def write_examples(
     """Write ``examples/SET/``: ``queries.png`` and ``queries.json``, and sound and pictures of each query's clip.
 
     Returns:
-        A row a query: text, numbers, and paths of what is to be seen or heard. Empty where the disk refuses them.
+        A row a query: text, numbers, and paths of what is to be seen or heard. Empty where the disk refuses them, or
+        a shard cannot be read: a run does not end of that.
     """
     if not examples:
         return []
     folder = run_dir / EXAMPLES_FOLDER / set_name
-    keys = {key for example in examples for key in (example.clip, *(found.clip for found in example.found))}
-    clips = _read_clips(keys, task, shards, data)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        clips = _read_clips(examples, task, shards, data)
         lines = [asdict(example) | {"query": _query(example, task, clips)} for example in examples]
         (folder / TABLE_FILE).write_text(json.dumps(lines, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        rows = [_sheet_row(example, task, clips, data.sample_rate_hz) for example in examples]
-        items, queries = task.split("-")
-        title = f"{set_name}: {queries} to {items}, {len(rows)} fixed queries and their top {NUM_FOUND}"
-        # 256 colours, a third of the bytes.
-        draw_sheet(title, f"its own {items}", rows).quantize(256).save(folder / SHEET_FILE, optimize=True)
+        _draw(examples, task, set_name, clips, data.sample_rate_hz).save(folder / SHEET_FILE, optimize=True)
         return [_table_row(example, task, clips, data.sample_rate_hz, folder) for example in examples]
-    except OSError as error:
-        _log.warning("the examples of %s are not written (%s)", set_name, error.strerror or error)
+    except (OSError, UserError) as error:
+        _log.warning("the examples of %s are not written (%s)", set_name, error)
         return []
 
 
-def _read_clips(keys: set[str], task: str, shards: Sequence[Shard], data: DataConfig) -> dict[str, _ShownClip]:
+def _read_clips(
+    examples: Sequence[Example], task: str, shards: Sequence[Shard], data: DataConfig
+) -> dict[str, _ShownClip]:
+    queries = {example.clip for example in examples}
+    keys = queries | {found.clip for example in examples for found in example.found}
     # Shard after shard, so that the cache holds each for as long as it is read.
     places = [
         (number, row, key)
@@ -145,10 +148,15 @@ def _read_clips(keys: set[str], task: str, shards: Sequence[Shard], data: DataCo
         if key in keys
     ]
     with contextlib.closing(ShardReader(shards, data.node_cache(), verify=data.verify)) as reader:
-        return {key: _read_clip(reader, number, row, key, task, data) for number, row, key in places}
+        return {
+            key: _read_clip(reader, number, row, key, task, data, is_query=key in queries)
+            for number, row, key in places
+        }
 
 
-def _read_clip(reader: ShardReader, shard: int, row: int, key: str, task: str, data: DataConfig) -> _ShownClip:
+def _read_clip(
+    reader: ShardReader, shard: int, row: int, key: str, task: str, data: DataConfig, *, is_query: bool
+) -> _ShownClip:
     captions, waveform_S, frame = list[str](), None, None
     # A model that reads features meets no member itself: a broken one is not shown, and no more.
     with contextlib.suppress(BadSampleError):
@@ -160,8 +168,18 @@ def _read_clip(reader: ShardReader, shard: int, row: int, key: str, task: str, d
         with contextlib.suppress(BadSampleError):
             jpeg = reader.read(shard, row, frame_member(data.num_frames // 2))
             frame = Image.fromarray(square_frame(jpeg, _FRAME_PIXELS))
-    text = captions[0] if captions else key
-    return _ShownClip(text=text, captions=captions, waveform_S=waveform_S, frame=frame)
+    if waveform_S is not None:
+        small = spectrogram(waveform_S, data.sample_rate_hz, *FOUND_SIZE)
+    else:
+        small = _NOTHING if frame is None else frame.resize((FOUND_SIZE[1], FOUND_SIZE[1]))
+    return _ShownClip(
+        text=captions[0] if captions else key,
+        captions=captions,
+        small=small,
+        frame=frame,
+        # Those of all the found clips would fill some hundred MB.
+        waveform_S=waveform_S if is_query else None,
+    )
 
 
 def _query(example: Example, task: str, clips: Mapping[str, _ShownClip]) -> str:
@@ -170,23 +188,26 @@ def _query(example: Example, task: str, clips: Mapping[str, _ShownClip]) -> str:
     return captions[example.number] if task.endswith("text") and captions else example.clip
 
 
-def _sheet_row(example: Example, task: str, clips: Mapping[str, _ShownClip], sample_rate_hz: int) -> SheetRow:
-    clip = clips[example.clip]
-    return SheetRow(
-        query=_query(example, task, clips),
-        query_frame=clip.frame if task.endswith("image") else None,
-        rank=example.rank,
-        own=Picture(clip.waveform_S, sample_rate_hz, clip.frame),
-        found=[
-            FoundCell(
-                text=clips[found.clip].text,
-                score=found.score,
-                is_right=found.is_right,
-                picture=Picture(clips[found.clip].waveform_S, sample_rate_hz, clips[found.clip].frame),
-            )
-            for found in example.found
-        ],
-    )
+def _draw(
+    examples: Sequence[Example], task: str, set_name: str, clips: Mapping[str, _ShownClip], sample_rate_hz: int
+) -> Image.Image:
+    items, queries = task.split("-")
+    rows = []
+    for example in examples:
+        clip, own = clips[example.clip], clips[example.clip].small
+        if clip.waveform_S is not None:
+            own = spectrogram_with_axes(clip.waveform_S, sample_rate_hz, *OWN_SIZE)
+        found = [
+            FoundCell(text=clips[one.clip].text, score=one.score, is_right=one.is_right, picture=clips[one.clip].small)
+            for one in example.found
+        ]
+        frame = clip.frame if queries == "image" else None
+        query = _query(example, task, clips)
+        rows.append(SheetRow(query=query, query_frame=frame, rank=example.rank, own=own, found=found))
+    title = f"{set_name}: {queries} to {items}, {len(rows)} fixed queries and their top {NUM_FOUND}"
+    sheet = draw_sheet(title, f"its own {items}", rows, has_sound=items == "audio")
+    # 256 colours, a third of the bytes.
+    return sheet.quantize(256)
 
 
 def _table_row(

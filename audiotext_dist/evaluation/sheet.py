@@ -5,61 +5,43 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from audiotext_dist.evaluation.spectrogram import RANGE_DB, font, spectrogram, spectrogram_with_axes
+from audiotext_dist.evaluation.spectrogram import RANGE_DB, font
 
 _WIDTH, _MARGIN, _GAP = 1000, 10, 8
-_QUERY_WIDTH, _OWN_WIDTH, _FOUND_WIDTH = 168, 190, 116
+_QUERY_WIDTH, _OWN_WIDTH, _FOUND_WIDTH = 168, 190, 115
 _PICTURE_HEIGHT, _LINE_HEIGHT, _HEAD_HEIGHT = 76, 13, 50
+OWN_SIZE, FOUND_SIZE = (_OWN_WIDTH, _PICTURE_HEIGHT + 2 * _LINE_HEIGHT), (_FOUND_WIDTH, _PICTURE_HEIGHT)
 _ROW_HEIGHT = 17 + _PICTURE_HEIGHT + 2 * _LINE_HEIGHT + 12
+_MAX_CHARACTERS = 400
 _INK, _FAINT, _PAPER = (30, 30, 30), (110, 110, 110), (255, 255, 255)
 _RIGHT, _WRONG = (0, 120, 60), (190, 40, 40)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FoundCell:
-    """One found clip."""
+    """One found clip; its picture has at most FOUND_SIZE."""
 
     text: str
     score: float
     is_right: bool
-    picture: Picture
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A clip to be drawn: as its spectrogram where it has a sound, else as its frame."""
-
-    waveform_S: NDArray[np.float32] | None
-    sample_rate_hz: int
-    frame: Image.Image | None
-
-    def drawn(self, width: int, height: int, *, axes: bool = False) -> Image.Image:
-        """RGB within width and height."""
-        if self.waveform_S is not None:
-            draw = spectrogram_with_axes if axes else spectrogram
-            return draw(self.waveform_S, self.sample_rate_hz, width, height)
-        if self.frame is not None:
-            return self.frame.resize((height, height))
-        return Image.new("RGB", (width, height), (225, 225, 225))
+    picture: Image.Image
 
 
 @dataclass(frozen=True, kw_only=True)
 class SheetRow:
-    """A query, the clip that it belongs to, and the found ones, best first."""
+    """A query, the clip that it belongs to, a picture of at most OWN_SIZE, and the found ones, best first."""
 
     query: str
     query_frame: Image.Image | None
     rank: int
-    own: Picture
+    own: Image.Image
     found: list[FoundCell]
 
 
-def draw_sheet(title: str, own_title: str, rows: Sequence[SheetRow]) -> Image.Image:
-    """The whole sheet; green frames are right ones, red ones wrong."""
+def draw_sheet(title: str, own_title: str, rows: Sequence[SheetRow], *, has_sound: bool) -> Image.Image:
+    """The whole sheet; green frames are right ones, red ones wrong. has_sound: pictures are spectrograms."""
     sheet = Image.new("RGB", (_WIDTH, _HEAD_HEIGHT + _ROW_HEIGHT * len(rows) + 26), _PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((_MARGIN, 6), title, font=font(14, bold=True), fill=_INK)
@@ -68,7 +50,7 @@ def draw_sheet(title: str, own_title: str, rows: Sequence[SheetRow]) -> Image.Im
     for number, row in enumerate(rows):
         _draw_row(sheet, draw, _HEAD_HEIGHT + number * _ROW_HEIGHT, row)
     note = "green: right, red: wrong"
-    if any(row.own.waveform_S is not None for row in rows):
+    if has_sound:
         note += f"; spectrograms: time in s, mel-spaced frequency in kHz, the loudest {RANGE_DB:.0f} dB of each clip"
     draw.text((_MARGIN, sheet.height - 20), note, font=font(11), fill=_FAINT)
     return sheet
@@ -91,16 +73,14 @@ def _draw_row(sheet: Image.Image, draw: ImageDraw.ImageDraw, top: int, row: Shee
         _write(draw, (_MARGIN, pictures_top - 2), row.query, font(12), _QUERY_WIDTH, 6, _INK)
     colour = _RIGHT if row.rank == 1 else _INK
     draw.text((_MARGIN, top), f"right one at rank {row.rank}", font=font(11, bold=True), fill=colour)
-    own = row.own.drawn(_OWN_WIDTH, _PICTURE_HEIGHT + 2 * _LINE_HEIGHT, axes=True)
-    sheet.paste(own, (_own_left(), pictures_top - 5))
+    sheet.paste(row.own, (_own_left(), pictures_top - 5))
     for place, found in enumerate(row.found):
         left, colour = _found_left(place), _RIGHT if found.is_right else _WRONG
         draw.text((left, top), f"{found.score:.3f}", font=font(11, bold=True), fill=colour)
         if found.is_right:
             draw.text((left + _FOUND_WIDTH, top), "right", font=font(11), fill=colour, anchor="ra")
-        picture = found.picture.drawn(_FOUND_WIDTH, _PICTURE_HEIGHT)
-        sheet.paste(picture, (left, pictures_top))
-        corner = (left + picture.width - 1, pictures_top + picture.height - 1)
+        sheet.paste(found.picture, (left, pictures_top))
+        corner = (left + found.picture.width - 1, pictures_top + found.picture.height - 1)
         draw.rectangle([(left, pictures_top), corner], outline=colour, width=2)
         _write(draw, (left, pictures_top + _PICTURE_HEIGHT + 2), found.text, font(10), _FOUND_WIDTH, 2, _INK)
 
@@ -117,7 +97,7 @@ def _write(
     """Text within a width; what does not fit ends in an ellipsis."""
     lines = [""]
     # Line breaks of the text itself would move what is below; scripts without spaces break anywhere.
-    for word in " ".join(text.split()).split(" "):
+    for word in " ".join(text[:_MAX_CHARACTERS].split()).split(" "):
         grown = f"{lines[-1]} {word}".strip()
         if draw.textlength(grown, font=face) <= width or not lines[-1]:
             lines[-1] = grown

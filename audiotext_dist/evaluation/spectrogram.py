@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 WINDOW_SECONDS = 0.032
 LOWEST_HZ = 50.0
 RANGE_DB = 80.0
+_MAX_WINDOWS_A_COLUMN = 16
 _MARKED_KHZ = (0.5, 2.0, 8.0)
 _INK, _PAPER = (60, 60, 60), (255, 255, 255)
 
@@ -40,8 +41,8 @@ def spectrogram(waveform_S: NDArray[np.float32], sample_rate_hz: int, width: int
     """Power on a mel axis up to Nyquist, the loudest 80 dB, time from left to right; RGB [height, width]."""
     window = round(WINDOW_SECONDS * sample_rate_hz)
     padded_S = np.pad(waveform_S, (0, max(window - len(waveform_S), 0)))
-    # As many windows as there are columns, or twice that where they would leave gaps between them.
-    num_columns = width * max(1, round(len(padded_S) / (width * window)))
+    # As many windows as there are columns, or several times that where they would leave gaps between them.
+    num_columns = width * min(_MAX_WINDOWS_A_COLUMN, max(1, round(len(padded_S) / (width * window))))
     starts = np.linspace(0, len(padded_S) - window, num_columns).astype(int)
     frames_TW = padded_S[starts[:, None] + np.arange(window)] * np.hanning(window).astype(np.float32)
     power_TK = np.abs(np.fft.rfft(frames_TW)) ** 2

@@ -100,7 +100,8 @@ class Tracker:
         def show(run: Any) -> None:
             data = [[_media(row.get(str(column))) for column in columns] for row in rows]
             table = wandb.Table(columns=columns, data=data)
-            run.log({"trainer/step": step, f"examples/{name}": table, f"examples/{name} sheet": _media(picture)})
+            shown = {f"examples/{name}/queries": table, f"examples/{name}/sheet": _media(picture)}
+            run.log({"trainer/step": step, **shown})
 
         self._tell_wandb(show)
 

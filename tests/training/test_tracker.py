@@ -1,5 +1,10 @@
 """Metrics files: what a kill leaves behind, and what a resumed run makes of it."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from audiotext_dist.training.tracker import METRICS_FILE, Tracker, TrackerConfig, read_metrics
@@ -50,3 +55,46 @@ def test_a_new_run_starts_with_an_empty_file_and_other_ranks_write_nothing(tmp_p
     assert steps_of(tmp_path) == [1]
     track(tmp_path / "other", 0, [1], is_main=False).close()
     assert not (tmp_path / "other").exists()
+
+
+OUTLIVING = """
+import logging, os, signal
+from pathlib import Path
+import psutil
+from audiotext_dist.training.tracker import Tracker, TrackerConfig
+logging.basicConfig(level=logging.INFO)
+tracker = Tracker(
+    TrackerConfig(), Path("."), name="test", recipe={}, start_step=0, wandb_id=None, is_main=True
+)
+tracker.log(1, {"train/loss": 1.0})
+first_id = tracker.wandb_id
+for child in psutil.Process().children(recursive=True):
+    if "wandb-core" in child.name():
+        child.kill()
+        child.wait()
+for step in (2, 3):
+    tracker.log(step, {"train/loss": 1.0})
+    print("step", step)
+assert tracker.wandb_id == first_id is not None
+tracker.close()
+"""
+
+
+def test_a_run_outlives_the_service_of_wandb(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    done = subprocess.run(
+        [sys.executable, "-c", OUTLIVING],
+        cwd=tmp_path,
+        env={**environment, "HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert steps_of(tmp_path) == [1, 2, 3]
+    assert done.stderr.count("W&B has stopped") == 1
+    assert "Traceback" not in done.stderr
+    (folder,) = tmp_path.glob("wandb/offline-run-*")
+    assert f"wandb sync {folder}\n" in done.stderr
