@@ -109,7 +109,7 @@ def test_two_nodes_over_loopback_have_the_losses_of_one(
 
 
 @pytest.mark.faults
-def test_a_cut_link_ends_both_nodes_and_the_run_goes_on_when_it_is_mended(
+def test_a_cut_link_ends_both_nodes_and_a_mended_one_carries_a_run(
     tmp_path: Path, words: list[str], one_node: dict[int, float], namespaces: tuple[str, str]
 ) -> None:
     run_dir = tmp_path / "run"
