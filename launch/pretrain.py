@@ -11,11 +11,6 @@ from pathlib import Path
 from audiotext_dist import configuration
 from audiotext_dist.distributed import World
 from audiotext_dist.errors import run_for_people
-from audiotext_dist.evaluation import report
-from audiotext_dist.training.engine import lost_contact, stop_process_group
-from audiotext_dist.training.heartbeat import EXIT_LOST
-from audiotext_dist.training.loop import train
-from audiotext_dist.training.prepare import prepare
 from audiotext_dist.training.recipe import Recipe, read_recipe
 
 HELP = """Train a recipe on every process the launcher starts.
@@ -43,7 +38,15 @@ def main() -> None:
     logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(message)s", force=True)
     logging.getLogger("audiotext_dist").setLevel(logging.INFO if world.is_main else logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    prepared = prepare(read_recipe(words), world)
+    recipe = read_recipe(words)
+    # Only now, since DeepSpeed takes its time: a misspelt key is told before.
+    from audiotext_dist.evaluation import report
+    from audiotext_dist.training.engine import lost_contact, stop_process_group
+    from audiotext_dist.training.heartbeat import EXIT_LOST
+    from audiotext_dist.training.loop import train
+    from audiotext_dist.training.prepare import prepare
+
+    prepared = prepare(recipe, world)
     try:
         results = train(prepared)
     except SystemExit:

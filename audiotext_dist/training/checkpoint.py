@@ -27,7 +27,7 @@ import logging
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -37,9 +37,11 @@ from torch import nn
 from audiotext_dist import storage
 from audiotext_dist.distributed import World, from_main, gather_items
 from audiotext_dist.errors import UserError
-from audiotext_dist.training.engine import Engine
 from audiotext_dist.training.health import Health
 from audiotext_dist.training.loss_scale import LossScale
+
+if TYPE_CHECKING:
+    from audiotext_dist.training.engine import Engine
 
 CHECKPOINTS = "checkpoints"
 MODEL_FILE = "model.safetensors"

@@ -102,9 +102,14 @@ def _merge(own: dict[str, Any], given: dict[str, Any], prefix: str = "") -> list
         path = prefix + key
         if isinstance(own.get(key), dict) and isinstance(value, dict):
             contradictions += _merge(own[key], value, f"{path}.")
-        elif path in _DECIDED_BY and value != "auto" and value != own.get(key):
+        elif path in _DECIDED_BY and value not in ("auto", own.get(key)) and not _is_off(value):
             says = f"is {json.dumps(own[key])}" if key in own else "has no place"
             contradictions.append(f"{path}={json.dumps(value)} there {says} here, set {_DECIDED_BY[path]}")
         elif value != "auto" and path not in _DECIDED_BY:
             own[key] = value
     return contradictions
+
+
+def _is_off(section: Any) -> bool:
+    """A section such as ``"fp16": {"enabled": false}``, which asks for nothing."""
+    return isinstance(section, dict) and section.get("enabled") in (False, "auto")

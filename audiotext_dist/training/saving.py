@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
@@ -25,8 +25,10 @@ from audiotext_dist.training.checkpoint import (
     name_of,
     named_checkpoints,
 )
-from audiotext_dist.training.engine import Engine
 from audiotext_dist.training.upload import Uploader, fetch_newest
+
+if TYPE_CHECKING:
+    from audiotext_dist.training.engine import Engine
 
 _log = logging.getLogger(__name__)
 # What a run that was asked to stop may give the last copy.

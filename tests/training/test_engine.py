@@ -34,9 +34,12 @@ def test_a_file_adds_what_the_recipe_leaves_open(tmp_path: Path) -> None:
         "train_batch_size": "auto",
         "wall_clock_breakdown": True,
         "gradient_clipping": 0.0,
+        "fp16": {"enabled": False},
+        "bf16": {"enabled": "auto"},
     }
     file.write_text(json.dumps(given))
     found = told(file)
+    assert not {"fp16", "bf16"} & set(found)
     assert found["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 1000}
     assert (found["wall_clock_breakdown"], found["train_batch_size"]) == (True, 16)
 
@@ -48,6 +51,9 @@ def test_every_key_that_contradicts_the_recipe_is_named(tmp_path: Path) -> None:
         "train_batch_size": 32,
         "gradient_clipping": 1.0,
         "optimizer": {"type": "Adam"},
+        "scheduler": {"type": "WarmupLR"},
+        "fp16": {"enabled": True},
+        "bf16": {"enabled": True, "immediate_grad_update": True},
         "wall_clock_breakdown": True,
     }
     file.write_text(json.dumps(given))
@@ -58,6 +64,9 @@ def test_every_key_that_contradicts_the_recipe_is_named(tmp_path: Path) -> None:
         "train_batch_size=32 there is 16 here",
         "gradient_clipping=1.0 there is 0.0 here, set optim.gradient_clipping",
         'optimizer={"type": "Adam"} there has no place here, set optim.name',
+        'scheduler={"type": "WarmupLR"} there has no place here, set optim.warmup_epochs and optim.final_lr_share',
+        'fp16={"enabled": true} there has no place here, set training.precision',
+        'bf16={"enabled": true, "immediate_grad_update": true} there has no place here, set training.precision',
     ):
         assert phrase in str(met.value)
     assert "wall_clock" not in str(met.value)
