@@ -97,6 +97,7 @@ def _read(run: Path, changes: list[str]) -> Recipe:
     """The run's recipe; for another task without what only the run's own could use."""
     if any(word.startswith("task=") for word in changes):
         own_alone = ["loss.frame_match=one", "loss.frame_match_from_epoch=0", "evaluation.frame=middle"]
+        own_alone += ["data.teachers={}", "loss.teacher_weight=0", "loss.pair_weight=1"]
         changes = [*own_alone, "data.frame_features=null", "data.caption_features=null", *changes]
     return read_run_recipe(run, changes)
 

@@ -58,6 +58,7 @@ def test_the_best_one_can_be_named_in_place_of_its_folder(tmp_path: Path) -> Non
         saver.note_metrics(step, {"recall": recall})
     assert checkpoint.read_weights(str(best))["bias"].tolist() == [2, 2]
     assert checkpoint.read_weights(str(tmp_path))["bias"].tolist() == [3, 3]
+    assert {checkpoint.run_folder(path) for path in (best, tmp_path, best.with_name("step-00000003"))} == {tmp_path}
 
 
 def test_a_metric_that_is_not_evaluated_is_named(tmp_path: Path) -> None:
