@@ -27,6 +27,8 @@ START = Progress(
 class StateEngine:
     """Stands for the engine, whose real state tests/training/test_resume.py goes through."""
 
+    ema = None
+
     def optimizer_state(self, *, on_this_rank):
         return {"weight:exp_avg": torch.ones(2, 3)} if on_this_rank else {}
 
