@@ -95,7 +95,8 @@ def draw_frames(batch: Batch, cosine_BL: np.ndarray, path: Path) -> None:
             for side in axes.spines.values():
                 side.set(edgecolor="#e45756" if is_nearest else "#cccccc", linewidth=4 if is_nearest else 1)
         title = ", ".join(metadata.labels) or batch.keys[clip]
-        panels[clip][0].set_title(title[:70], fontsize=9, loc="left")
+        heading = panels[clip][0].set_title(title[:90], fontsize=9, loc="left")
+        heading.set_in_layout(False)  # it may run over the next frames
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
