@@ -17,7 +17,7 @@ from audiotext_dist.data.loader import EvaluationBatches
 from audiotext_dist.data.sets import open_sets
 from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError, run_for_people
-from audiotext_dist.models.dual_encoder import DualEncoder, build_model
+from audiotext_dist.models.dual_encoder import DualEncoder, build_model, unit_length
 from audiotext_dist.training.checkpoint import load_model
 from audiotext_dist.training.recipe import Recipe, read_run_recipe
 
@@ -70,10 +70,11 @@ def _first_clips(recipe: Recipe, model: DualEncoder, num_clips: int) -> Batch:
 @torch.no_grad()
 def frame_cosines(model: DualEncoder, batch: Batch) -> np.ndarray:
     """The cosine of each frame with its clip's sound, or with its own part of it, [B, L]."""
-    assert model.audio is not None
-    audio = torch.nn.functional.normalize(model.audio(batch.waveform_BS, batch.num_valid_samples_B), dim=-1)
-    audio_BLD = audio if audio.ndim == 3 else audio[:, None]
-    cosine_BL: np.ndarray = (audio_BLD * model.embed_images(batch.frames_BLHWC)).sum(dim=-1).numpy()
+    audio_BD = model.embed_audio(batch.waveform_BS, batch.num_valid_samples_B)
+    image_BLD = model.embed_images(batch.frames_BLHWC)
+    num_parts = image_BLD.shape[1] if model.matches_all_frames else 1
+    audio_BLD = unit_length(audio_BD.reshape(len(audio_BD), num_parts, -1))
+    cosine_BL: np.ndarray = (audio_BLD * image_BLD).sum(dim=-1).numpy()
     return cosine_BL
 
 

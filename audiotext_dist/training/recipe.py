@@ -189,7 +189,6 @@ class Recipe:
                 f"model.audio.num_outputs={num_outputs} goes with loss.frame_match=multiframe, not {loss.frame_match}: "
                 "set it to 1"
             )
-
         if self.evaluation.frame != "middle" and (self.task != "audio-image" or num_outputs > 1):
             raise UserError(
                 f"evaluation.frame={self.evaluation.frame} chooses among frames for a sound as a whole, which "
