@@ -181,7 +181,7 @@ def load(engine: Engine, model: nn.Module, checkpoint: Path, start: Progress) ->
     engine.load_optimizer_state(load_file(checkpoint / _OPTIMIZER_FILE))
     if engine.ema is not None:
         averages = checkpoint / _EMA_FILE
-        engine.ema.load(load_file(averages) if averages.is_file() else None)
+        engine.ema.load(load_file(averages) if averages.is_file() else {})
     if engine.loss_scale is not None and progress.loss_scale is not None:
         engine.loss_scale = progress.loss_scale
     return progress

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 
-import torch
-
 from audiotext_dist.errors import UserError
 from audiotext_dist.models.dual_encoder import DualEncoder
 
@@ -27,8 +25,11 @@ def compile_towers(model: DualEncoder, *, backend: str = "inductor") -> None:
     A second size of batch, such as the last one of an evaluation, compiles once more, for any size; so does a pass
     without gradient.
     """
+    # Late, since it takes a second.
+    from torch._inductor import config as inductor
+
     # Dropout then draws what it draws uncompiled, in both passes over a micro-batch.
-    torch._inductor.config.fallback_random = True
+    inductor.fallback_random = True
     for tower in (model.audio, model.image, model.text):
         if tower is not None:
             tower.compile(backend=backend)

@@ -40,10 +40,10 @@ class Ema:
         """Name -> average, on the CPU."""
         return {name: value.cpu().contiguous() for name, value in self._averages.items()}
 
-    def load(self, state: dict[str, torch.Tensor] | None) -> None:
-        """Take up what ``state`` gave, of the same parameters; None starts anew from the model's weights."""
+    def load(self, state: dict[str, torch.Tensor]) -> None:
+        """Take up what ``state`` gave; an average that is not in it starts from the model's weight."""
         for name, average in self._averages.items():
-            average.copy_(self._weights[name].detach() if state is None else state[name])
+            average.copy_(state.get(name, self._weights[name].detach()))
 
     @torch.no_grad()
     def _exchange(self) -> None:
