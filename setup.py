@@ -55,7 +55,10 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["audiotext_dist*", "shards*", "launch*"]),
-    package_data={"audiotext_dist.models": ["configs/*.json"], "launch": ["dashboard.yaml", "recipes/**/*.yaml", "tables/*.yaml"]},
+    package_data={
+        "audiotext_dist.models": ["configs/*.json"],
+        "launch": ["dashboard.yaml", "recipes/**/*.yaml", "tables/*.yaml"],
+    },
     install_requires=RUNTIME,
     extras_require={"dev": DEVELOPMENT, "ray": ["ray>=2.40"], "dashboard": ["wandb-workspaces"]},
 )
