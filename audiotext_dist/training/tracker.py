@@ -23,7 +23,7 @@ from audiotext_dist import configuration, storage
 from audiotext_dist.errors import require_positive
 
 METRICS_FILE = "metrics.jsonl"
-# W&B gives up uploading so long after a run's end, and says with which command to do it later.
+# So long after a run's end W&B gives up uploading: `wandb sync` can do the rest.
 FINISH_SECONDS = 120.0
 _log = logging.getLogger(__name__)
 
