@@ -61,7 +61,8 @@ def hub_model(key: str, auto: Any, config: PreTrainedConfig, pretrained: str | N
         UserError: the weights cannot be loaded, or lack some of the model's.
     """
     if pretrained is None:
-        made = auto.from_config(config) if hasattr(auto, "from_config") else auto(config)
+        # A published configuration may say float16, which is how its weights are stored.
+        made = auto.from_config(config, dtype=torch.float32) if hasattr(auto, "from_config") else auto(config)
         assert isinstance(made, PreTrainedModel)
         return _without_pooler(made)
     with hub_errors(key, pretrained):

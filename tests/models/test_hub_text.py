@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,10 +86,13 @@ def test_a_frozen_tower_stays_in_evaluation_mode(folder: str) -> None:
 
 def test_random_weights_need_no_weights_file(tmp_path: Path) -> None:
     folder = save_text_model(tmp_path, "roberta", with_weights=False)
+    sizes = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**sizes, "dtype": "float16"}))
     config = TextTowerConfig(kind="transformers", name=folder, transformers=CONFIG)
     tower = build_text_tower(config)
     assert isinstance(tower, HubTextTower)
     assert tower(tower.tokenize(["a dog"])).shape == (1, 16)
+    assert {parameter.dtype for parameter in tower.parameters()} == {torch.float32}
     with pytest.raises(UserError, match=rf"cannot load model.text.pretrained={folder} .*local folder") as raised:
         build_text_tower(replace(config, pretrained=folder))
     assert "\n" not in str(raised.value)
