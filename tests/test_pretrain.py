@@ -18,6 +18,7 @@ from audiotext_dist.training.tracker import read_metrics
 from tests.clips import SAMPLE_RATE_HZ, make_sample, write_shards
 from tests.commands import run_commands
 from tests.ranks import run_command_on_ranks
+from tests.wandb_file import history
 
 REPOSITORY = Path(__file__).parents[1]
 NUM_STEPS = 20
@@ -75,7 +76,32 @@ def learned(found: dict[int, float]) -> bool:
 
 @pytest.fixture(scope="module")
 def two_processes(folder):
-    return pretrain(folder, "two")
+    return pretrain(folder, "two", "tracker.wandb=offline", "evaluation.num_examples=4")
+
+
+def test_an_offline_run_shows_what_the_metrics_file_says_and_the_examples(two_processes):
+    logged = [
+        {name: value for name, value in line.items() if not name.startswith("_")} for line in history(two_processes)
+    ]
+    assert [line for line in logged if "examples/own/sheet/_type" not in line] == read_metrics(two_processes)
+    steps = [line for line in logged if "train/loss" in line]
+    told = {name.rpartition("/")[2] for name in steps[-1]}
+    assert told >= {
+        *("loss", "pair_loss", "logit_scale", "recall_at_1", "reverse_recall_at_1", "positive_cosine"),
+        *("negative_cosine", "positives_a_row", "gradient_norm", "weight_lr", "bias_lr", "clips_per_second"),
+        *("waiting_share_min", "waiting_share_max", "resident_bytes"),
+    }
+    (shown,) = (line for line in logged if "examples/own/sheet/_type" in line)
+    assert (shown["trainer/step"], shown["examples/own/queries/nrows"]) == (NUM_STEPS, 4)
+    (offline,) = two_processes.glob("wandb/offline-run-*")
+    assert (offline / "files" / shown["examples/own/sheet/path"]).stat().st_size > 10_000
+    # The table's sounds and spectrograms wait for their upload in the run folder too.
+    waiting = [file.read_bytes() for file in two_processes.glob("wandb/artifacts/staging/*")]
+    (table,) = map(json.loads, {content for content in waiting if content.startswith(b"{")})
+    kinds = [cell["_type"] for row in table["data"] for cell in row if isinstance(cell, dict)]
+    assert (kinds.count("audio-file"), kinds.count("image-file")) == (4, 4)
+    queries = json.loads((two_processes / "examples" / "own" / "queries.json").read_text())
+    assert [row[table["columns"].index("query")] for row in table["data"]] == [each["query"] for each in queries]
 
 
 def test_two_processes_and_one_in_micro_batches_have_the_same_losses(folder, two_processes):
@@ -173,6 +199,13 @@ def test_evaluation_and_export_agree_with_the_run(folder, two_processes):
     done = run_command_on_ranks("evaluate", [f"run={folder / 'export'}", f"out={folder / 'again'}"], 2)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((folder / "again" / "retrieval.json").read_text()) == shown
+    for each in (two_processes, folder / "again"):
+        assert (each / "examples" / "own" / "queries.png").stat().st_size > 10_000
+    asked, again = (
+        [(one["clip"], one["number"]) for one in json.loads((each / "examples" / "own" / "queries.json").read_text())]
+        for each in (two_processes, folder / "again")
+    )
+    assert asked == again
     assert "audio->text" in done.stdout
     assert (two_processes / "loss.png").stat().st_size > 1000
 
