@@ -33,3 +33,35 @@ def test_stages_of_correspondences_hang_together(data, tower):
     assert (first.loss.pair_weight, first.loss.recording_weight, first.loss.teacher_weight) == (0, 1, 0)
     assert len(first.data.train) == {"clotho": 1, "all": 6}[data]
     assert first.optim.weight_lr * first.optim.final_lr_share == pytest.approx(1e-7)
+
+
+@pytest.mark.parametrize(
+    ("row", "match", "from_epoch"),
+    [
+        ("conventional", "one", 0),
+        ("nearest_n00", "nearest", 0),
+        ("nearest_n05", "nearest", 5),
+        ("nearest_n10", "nearest", 10),
+        ("nearest_n15", "nearest", 15),
+        ("multiframe", "multiframe", 0),
+    ],
+)
+def test_rows_of_temporal_agreement_are_those_of_its_table_1(row, match, from_epoch):
+    image, text = (
+        read_recipe([f"recipe={RECIPES / 'temporal_agreement' / f'{row}_audio_{other}.yaml'}"])
+        for other in ("image", "text")
+    )
+    assert (image.loss.frame_match, image.loss.frame_match_from_epoch) == (match, from_epoch)
+    assert text.model.audio.init == image.run_dir
+    assert (image.optim.weight_lr, image.optim.bias_lr, text.optim.weight_lr, text.optim.bias_lr) == (
+        *(0.2, 0.0048),
+        *(1.0, 0.024),
+    )
+    assert (image.training.num_epochs, image.training.global_batch_size) == (30, 128)
+    assert (text.training.num_epochs, text.training.global_batch_size) == (20, 64)
+    for recipe in (image, text):
+        assert (recipe.optim.name, recipe.optim.weight_decay, recipe.optim.warmup_epochs) == ("lars", 1e-6, 10)
+        # The paper's loss is the sum of both directions, ours their mean.
+        assert (recipe.loss.pair_weight, recipe.loss.direction) == (2, "both")
+    assert image.model.image.frozen
+    assert text.model.text.frozen
