@@ -14,7 +14,8 @@ from launch.reproduction.runner import Runner
 from launch.reproduction.summary import summarise, write_summary
 from launch.reproduction.table import Table, read_table
 
-HELP = """Run what a table still lacks, then print and write it: table.md, table.json and table.png in its folder.
+HELP = """Run what a table still lacks, then print and write it into its folder: table.md, table.json and table.png, or
+whatever name= says in the place of "table".
 
     python launch/reproduce.py launch/tables/temporal_agreement_soundscape.yaml
     python launch/reproduce.py TABLE.yaml seeds=[0] only=[conventional,nearest_n15]       (a part of it)

@@ -86,10 +86,11 @@ def test_rows_and_seeds_run_once_and_give_mean_and_deviation(file):
 
 
 def test_rows_are_drawn_as_lines_over_a_variable(file):
-    table = read_table(str(file), ["lines={x: value, line: row}"])
+    table = read_table(str(file), ["lines={x: value, line: row}", "name=lines"])
     Runner(table).run()
     write_summary(table, summarise(table), {})
-    assert (Path(table.out) / "table.png").stat().st_size > 1000
+    assert (Path(table.out) / "lines.png").stat().st_size > 1000
+    assert not (Path(table.out) / "table.png").exists(), "it is another table's"
     wrong = read_table(str(file), ["lines={x: log}"])
     with pytest.raises(UserError, match=r"lines\.x=log is '.*' in row 'first', which is no number"):
         write_summary(wrong, summarise(wrong), {})
@@ -197,3 +198,8 @@ def test_every_table_of_the_repository_is_whole(path):
     for command in table.prepare.values():
         resolve(command, {**table.variables, "out": table.out, "launch": "python"}, "prepare")
     assert as_markdown(table, summarise(table))
+
+
+def test_tables_that_share_a_folder_do_not_overwrite_each_other():
+    tables = [read_table(str(path), []) for path in TABLES]
+    assert len({(table.out, table.name) for table in tables}) == len(tables)

@@ -84,7 +84,7 @@ def _num_seeds(cells: Mapping[str, Cell]) -> int:
 
 
 def write_summary(table: Table, summary: Summary, failed: Mapping[str, str]) -> str:
-    """``table.md``, ``table.json`` and ``table.png`` in the table's folder; the text of the first."""
+    """``NAME.md``, ``NAME.json`` and ``NAME.png`` in the table's folder; the text of the first."""
     text = as_markdown(table, summary)
     content = {
         "title": table.title,
@@ -97,7 +97,7 @@ def write_summary(table: Table, summary: Summary, failed: Mapping[str, str]) -> 
         "failed": dict(failed),
     }
     out = Path(table.out)
-    storage.write_bytes(str(out / "table.md"), text.encode())
-    storage.write_bytes(str(out / "table.json"), (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
-    draw(table, summary, out / "table.png")
+    storage.write_bytes(str(out / f"{table.name}.md"), text.encode())
+    storage.write_bytes(str(out / f"{table.name}.json"), (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    draw(table, summary, out / f"{table.name}.png")
     return text

@@ -66,12 +66,14 @@ class Lines:
 class Table:
     """A table file; every key may be changed by a word, as in a recipe.
 
+    name: of the files that show it, NAME.md, .json and .png in out; tables that share an out need one each.
     lines: draw the columns as lines over the variable ``x``, one for each value of ``line`` (a variable, or ``title``).
     only: rows to run, empty for all. jobs: rows at once, default one a GPU (or gpus_a_job of them), or one without.
     """
 
     title: str = "???"
     out: str = "???"
+    name: str = "table"
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     variables: dict[str, Any] = field(default_factory=dict)
     prepare: dict[str, str] = field(default_factory=dict)
