@@ -113,6 +113,13 @@ def test_a_failed_row_is_named_and_the_others_go_on(file, monkeypatch, capsys):
     assert Runner(mended).run() == {}, "a row alone runs, be it done or not what it follows"
 
 
+def test_figures_of_a_row_that_is_not_through_do_not_count(file):
+    table = read_table(str(file), ["seeds=[0]", "steps.then=ls nowhere"])
+    assert "first seed 0 then ended with " in Runner(table).run()["first seed 0"]
+    assert (table.folder("first", 0) / "retrieval.json").is_file()
+    assert summarise(table)["first"]["A->T"].by_seed == {}
+
+
 def test_a_kill_leaves_no_process_and_loses_one_step(file):
     table = read_table(str(file), ["seeds=[0]"])
     pipe, never = file.with_name("pipe"), file.with_name("never")
@@ -190,7 +197,7 @@ def test_every_table_of_the_repository_is_whole(path):
     assert isinstance(table, Table)
     for row, seed in table.jobs_in_order():
         names = table.names_of(row, seed, launch="python")
-        for name, command in (table.rows[row].steps or table.steps).items():
+        for name, command in table.steps_of(row).items():
             words = resolve(command, names, f"{row} {name}").split()
             for word in words:
                 if word.startswith("recipe="):

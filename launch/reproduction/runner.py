@@ -138,7 +138,7 @@ class Runner:
     def _job(self, job: Job, place: Place) -> None:
         row, seed = job
         names = self._table.names_of(row, seed)
-        for name, command in (self._table.rows[row].steps or self._table.steps).items():
+        for name, command in self._table.steps_of(row).items():
             self._step(self._table.folder(row, seed), name, command, names, place, f"{row} seed {seed} {name}")
 
     def _step(
@@ -195,6 +195,12 @@ class Runner:
             for process in self._running:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGTERM)
+
+
+def is_through(table: Table, row: str, seed: int) -> bool:
+    """True where every step of a row has ended for a seed."""
+    marks = (_read_mark(table.folder(row, seed) / f"{step}.json") for step in table.steps_of(row))
+    return all(mark is not None and mark["ended"] for mark in marks)
 
 
 def _read_mark(path: Path) -> dict[str, object] | None:

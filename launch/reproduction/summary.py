@@ -12,11 +12,12 @@ from audiotext_dist import storage
 from audiotext_dist.errors import UserError
 from launch.reproduction.cell import Cell, Summary
 from launch.reproduction.picture import draw
+from launch.reproduction.runner import is_through
 from launch.reproduction.table import Column, Table, resolve
 
 
 def summarise(table: Table) -> Summary:
-    """Row -> column -> cell, from what the rows have left so far.
+    """Row -> column -> cell, of the rows and seeds that are through: a run writes figures long before its end.
 
     Raises:
         UserError: a file is there without the metric.
@@ -32,7 +33,7 @@ def _cell(table: Table, row: str, name: str, column: Column) -> Cell:
     for seed in table.seeds:
         names = table.names_of(row, seed)
         file, metric = (resolve(text, names, f"columns.{name}") for text in (column.file, column.metric))
-        if Path(file).is_file():
+        if is_through(table, row, seed) and Path(file).is_file():
             found[seed] = read_metric(Path(file), metric)
     return Cell(
         by_seed={seed: value for seed, (value, _) in found.items()},
@@ -96,8 +97,8 @@ def write_summary(table: Table, summary: Summary, failed: Mapping[str, str]) -> 
         },
         "failed": dict(failed),
     }
-    out = Path(table.out)
-    storage.write_bytes(str(out / f"{table.name}.md"), text.encode())
-    storage.write_bytes(str(out / f"{table.name}.json"), (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
-    draw(table, summary, out / f"{table.name}.png")
+    markdown, plain, picture = (Path(table.out) / f"{table.name}.{suffix}" for suffix in ("md", "json", "png"))
+    storage.write_bytes(str(markdown), text.encode())
+    storage.write_bytes(str(plain), (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    draw(table, summary, picture)
     return text

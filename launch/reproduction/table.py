@@ -93,6 +93,10 @@ class Table:
         """The rows that are asked for, in the file's order."""
         return [name for name in self.rows if not self.only or name in self.only]
 
+    def steps_of(self, row: str) -> dict[str, str]:
+        """A row's commands by name, in order."""
+        return self.rows[row].steps or self.steps
+
     def names_of(self, row: str, seed: int, **more: str) -> dict[str, Any]:
         """What the names in a row's commands stand for."""
         own = {"out": self.out, "row": row, "seed": seed, "folder": str(self.folder(row, seed))}
