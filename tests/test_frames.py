@@ -14,15 +14,15 @@ from audiotext_dist.data.shard import load_shards
 from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError
 from audiotext_dist.models.dual_encoder import unit_length
-from audiotext_dist.training import loop
 from audiotext_dist.training.checkpoint import read_weights
 from audiotext_dist.training.prepare import Prepared, build_towers, prepare
 from audiotext_dist.training.recipe import read_recipe
 from audiotext_dist.training.step import train_step
 from audiotext_dist.training.tracker import read_metrics
-from launch import embed, evaluate, frames
+from launch import evaluate, frames
 from tests.clips import SAMPLE_RATE_HZ, make_sample, write_shards
 from tests.losses.small_model import AveragingEngine, gradients, watch
+from tests.ranks import run_command_on_ranks
 
 SMALL = [
     "name=test",
@@ -56,15 +56,22 @@ def shards(tmp_path_factory) -> str:
     """Twelve clips with the features of seed 0's image tower."""
     folder = tmp_path_factory.mktemp("frames") / "set"
     write_shards(folder, [[make_sample(6 * shard + row) for row in range(6)] for shard in range(2)])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["embed.py", *SMALL, f"shards={folder}", "features=own"])
-        embed.main()
+    done = run_command_on_ranks("embed", [*SMALL, f"shards={folder}", "features=own"], 1)
+    assert done.returncode == 0, done.stderr
     return str(folder)
 
 
+def sets(shards: str, run_dir: Path) -> list[str]:
+    return [f"data.train.own.shards={shards}", f"data.validation.own.shards={shards}", f"run_dir={run_dir}"]
+
+
 def prepared(shards: str, tmp_path: Path, *words: str) -> Prepared:
-    sets = [f"data.train.own.shards={shards}", f"data.validation.own.shards={shards}", f"run_dir={tmp_path}"]
-    return prepare(read_recipe([*SMALL, *sets, *words]), World())
+    return prepare(read_recipe([*SMALL, *sets(shards, tmp_path), *words]), World())
+
+
+def train(shards: str, run_dir: Path, *words: str) -> None:
+    done = run_command_on_ranks("pretrain", [*SMALL, *sets(shards, run_dir), *words], 1)
+    assert done.returncode == 0, done.stderr
 
 
 def one_step(run: Prepared, *, epoch: int = 0, num_micro_batches: int = 1, dtype: torch.dtype | None = None):
@@ -129,9 +136,9 @@ def test_a_clip_with_too_few_frames_is_no_sample_of_a_method_that_needs_them(tmp
 def test_a_run_begins_to_match_at_its_epoch_and_goes_on_after_a_stop(shards, tmp_path):
     words = [*METHODS["nearest"], "loss.frame_match_from_epoch=1", "data.frame_features=own", "training.resume=auto"]
     words += ["training.num_epochs=2", "data.validation={}"]
-    loop.train(prepared(shards, tmp_path / "whole", *words))
+    train(shards, tmp_path / "whole", *words)
     for stop in (["training.max_steps=4"], []):
-        loop.train(prepared(shards, tmp_path / "parts", *words, *stop))
+        train(shards, tmp_path / "parts", *words, *stop)
     whole, parts = (
         {int(line["trainer/step"]): line for line in read_metrics(tmp_path / name) if "train/loss" in line}
         for name in ("whole", "parts")
@@ -171,7 +178,7 @@ def test_retrieval_by_the_middle_frame_the_best_one_or_eq_4(shards, tmp_path, wo
 def test_a_multiframe_run_goes_on_to_captions_and_shows_its_frames(shards, tmp_path, monkeypatch, capsys):
     run_dir, out = tmp_path / "multiframe", tmp_path / "out"
     words = [*METHODS["segments"], "data.frame_features=own", "training.num_epochs=1"]
-    loop.train(prepared(shards, run_dir, *words))
+    train(shards, run_dir, *words)
     weights = read_weights(str(run_dir))
     text = build_towers(read_recipe([*SMALL, "task=image-text", f"data.train.own.shards={shards}"])).text
     text_file = tmp_path / "text.safetensors"

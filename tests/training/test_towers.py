@@ -11,7 +11,6 @@ from audiotext_dist.data.encoders import encoder_of
 from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError
 from audiotext_dist.models.dual_encoder import build_model
-from audiotext_dist.training import loop
 from audiotext_dist.training.checkpoint import load_model, read_weights
 from audiotext_dist.training.prepare import prepare
 from audiotext_dist.training.recipe import read_recipe, read_run_recipe
@@ -19,6 +18,7 @@ from launch import export
 from tests.clips import SAMPLE_RATE_HZ
 from tests.models.formula import sound
 from tests.models.hub_models import save_audio_model, save_text_model
+from tests.ranks import run_command_on_ranks
 from tests.training.runs import SMALL, write_training_set
 
 TINY_VIT = "{width: 24, depth: 2, num_heads: 3"
@@ -36,10 +36,7 @@ def shards(tmp_path_factory):
 
 
 @pytest.fixture
-def words_of(shards, tmp_path, monkeypatch):
-    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_SIZE": 1, "MASTER_PORT": 1}.items():
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+def words_of(shards, tmp_path):
     audio = save_audio_model(tmp_path / "ast", "ast")
     text = save_text_model(tmp_path / "roberta", "roberta")
 
@@ -66,9 +63,11 @@ def words_of(shards, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_with_these_towers_is_exported_and_loaded(words_of, kind, tmp_path, monkeypatch):
     words = [*words_of(kind), f"engine.activation_checkpointing={str(kind != 'mobilenet').lower()}"]
-    prepared = prepare(read_recipe(words), World.from_environment())
+    prepared = prepare(read_recipe(words), World())
     before = {name: tensor.clone() for name, tensor in prepared.model.state_dict().items()}
-    loop.train(prepared)
+    done = run_command_on_ranks("pretrain", words, 1)
+    assert done.returncode == 0, done.stderr
+    load_model(prepared.model, str(tmp_path / "run"))
     after = prepared.model.state_dict()
     for part in ("audio.projection.weight", "text.projection.weight", "text.encoder.embeddings.word_embeddings.weight"):
         assert not torch.equal(after[part], before[part]), part
