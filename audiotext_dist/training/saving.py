@@ -39,7 +39,7 @@ _COPY_SECONDS = 20
 class CheckpointConfig:
     """When checkpoints are written, how many stay, and where copies go.
 
-    best_metric: such as ``validation/NAME/audio->text/recall_at_1``; the checkpoint where it is highest (or lowest,
+    best_metric: such as ``validation/NAME/audio->text/R@1``; the checkpoint where it is highest (or lowest,
     by best_is) stays beside the last ones, and every evaluation comes with a checkpoint.
     upload_to: ``s3://bucket/folder`` of this run alone; a run on an empty disk goes on from there.
     """
