@@ -31,6 +31,7 @@ RUNTIME = [
     "pyarrow",
     "tqdm",
     "matplotlib",
+    "psutil",
     "wandb",
 ]
 DEVELOPMENT = [
@@ -41,7 +42,6 @@ DEVELOPMENT = [
     "ruff",
     "mypy",
     "import-linter",
-    "psutil",
     "ray",
     "pytrec-eval-terrier",
     "wandb-workspaces",

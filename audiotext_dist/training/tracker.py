@@ -1,7 +1,7 @@
 """Where a run's numbers go: JSON lines in the run folder, which are the truth, and W&B, which is the view.
 
 W&B goes online when there is a key and a network, offline otherwise; it never asks and never stops a run. Should its
-service die or its disk be full, the run goes on without it.
+service die or hang, or its disk be full, the run goes on without it.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import json
 import logging
 import os
 import shlex
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import wandb
 
 from audiotext_dist import configuration, storage
@@ -25,6 +27,8 @@ from audiotext_dist.errors import require_positive
 METRICS_FILE = "metrics.jsonl"
 # So long after a run's end W&B gives up uploading: `wandb sync` can do the rest.
 FINISH_SECONDS = 120.0
+# And so long after it was told something its service counts as hanging.
+ANSWER_SECONDS = FINISH_SECONDS + 60
 _log = logging.getLogger(__name__)
 
 
@@ -109,6 +113,10 @@ class Tracker:
         """Do something with the W&B run, if there is one; what goes wrong there is the end of it, not of training."""
         if self._wandb is None:
             return
+        # A service that hangs would hold the run for ever; one that is killed fails the call.
+        limit = threading.Timer(ANSWER_SECONDS, _kill_service)
+        limit.daemon = True
+        limit.start()
         try:
             what(self._wandb)
         # Its service raises what it likes: OSErrors of a lost connection, its own errors, those of a full disk.
@@ -122,6 +130,8 @@ class Tracker:
             # Or its farewell at the process's end would fail in the same way, with a traceback.
             with contextlib.suppress(Exception):
                 wandb.teardown()
+        finally:
+            limit.cancel()
 
     def _write(self, line: bytes) -> None:
         """A line, or nothing of it: a disk that is full costs lines, not the run."""
@@ -147,6 +157,13 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
     """Every line of a run's metrics."""
     with (run_dir / METRICS_FILE).open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
+
+
+def _kill_service() -> None:
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "wandb-core" in process.name():
+                process.kill()
 
 
 def _media(value: Any) -> Any:

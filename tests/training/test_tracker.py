@@ -58,9 +58,10 @@ def test_a_new_run_starts_with_an_empty_file_and_other_ranks_write_nothing(tmp_p
 
 
 OUTLIVING = """
-import logging, os, signal
+import logging, sys
 from pathlib import Path
 import psutil
+from audiotext_dist.training import tracker as module
 from audiotext_dist.training.tracker import Tracker, TrackerConfig
 logging.basicConfig(level=logging.INFO)
 tracker = Tracker(
@@ -70,20 +71,25 @@ tracker.log(1, {"train/loss": 1.0})
 first_id = tracker.wandb_id
 for child in psutil.Process().children(recursive=True):
     if "wandb-core" in child.name():
-        child.kill()
-        child.wait()
+        if sys.argv[1] == "killed":
+            child.kill()
+            child.wait()
+        else:
+            child.suspend()
 for step in (2, 3):
     tracker.log(step, {"train/loss": 1.0})
     print("step", step)
 assert tracker.wandb_id == first_id is not None
+module.ANSWER_SECONDS = 1.0
 tracker.close()
 """
 
 
-def test_a_run_outlives_the_service_of_wandb(tmp_path):
+@pytest.mark.parametrize("how", ["killed", "hanging"])
+def test_a_run_outlives_the_service_of_wandb(tmp_path, how):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     done = subprocess.run(
-        [sys.executable, "-c", OUTLIVING],
+        [sys.executable, "-c", OUTLIVING, how],
         cwd=tmp_path,
         env={**environment, "HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])},
         stdin=subprocess.DEVNULL,
