@@ -10,6 +10,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from audiotext_dist import storage
 from audiotext_dist.evaluation.metrics import MAP_AT, RECALL_AT
 from audiotext_dist.evaluation.retrieval import RetrievalResult
 
@@ -51,7 +52,7 @@ def write_results(results: Sequence[RetrievalResult], run_dir: Path) -> None:
     # The examples have a file of their own.
     lines = [{name: value for name, value in asdict(result).items() if name != "examples"} for result in results]
     content = json.dumps(lines, indent=1)
-    (run_dir / RESULTS_FILE).write_text(content + "\n", encoding="utf-8")
+    storage.write_bytes(str(run_dir / RESULTS_FILE), (content + "\n").encode())
 
 
 def draw_loss(metrics: Sequence[Mapping[str, float]], run_dir: Path) -> Path | None:

@@ -156,13 +156,25 @@ def name_of(step: int) -> str:
 
 
 def find_newest_whole(run_dir: Path, world: World) -> Path | None:
-    """The newest checkpoint whose every file has the size and digest of its manifest, on all ranks; or None.
+    """The newest checkpoint whose every file has the size and digest of its manifest, on all ranks; None without any.
 
     Each rank checks the digests of its share of the files.
+
+    Raises:
+        UserError: there are some, but none is whole: to start anew would throw the run away.
     """
-    for candidate in from_main(named_checkpoints(run_dir) if world.is_main else None):
-        if all(gather_items(_is_whole(candidate, world))):
+    candidates: list[Path] = from_main(named_checkpoints(run_dir) if world.is_main else None)
+    for candidate in candidates:
+        refused_by = [rank for rank, is_whole in enumerate(gather_items(_is_whole(candidate, world))) if not is_whole]
+        if not refused_by:
             return candidate
+        if world.is_main:
+            _log.warning("%s is not whole, says rank %s: looking for an older one", candidate, refused_by[0])
+    if candidates:
+        raise UserError(
+            f"no checkpoint in {run_dir / CHECKPOINTS} is whole on every rank: let all nodes see run_dir, or start "
+            "under a new one"
+        )
     return None
 
 

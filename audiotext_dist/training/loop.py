@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -89,9 +90,19 @@ def _train(prepared: Prepared, stop: StopRequest) -> list[RetrievalResult]:
     )
     results = _Run(prepared, engine, tracker, progress, stop).to_the_end()
     if world.is_main:
-        report.draw_loss(read_metrics(run_dir), run_dir)
+        with _not_worth_the_run(report.LOSS_PICTURE):
+            report.draw_loss(read_metrics(run_dir), run_dir)
         tracker.close()
     return results
+
+
+@contextlib.contextmanager
+def _not_worth_the_run(file: str) -> Iterator[None]:
+    """A disk that refuses this file costs a warning."""
+    try:
+        yield
+    except (OSError, UserError) as error:
+        _log.warning("%s is not written (%s): the run goes on", file, error)
 
 
 class _Run:
@@ -255,7 +266,8 @@ class _Run:
             self._tracker.log(self._step, flat)
             self._saver.note_metrics(self._step, flat)
             if self._world.is_main:
-                report.write_results(self._results, Path(self._recipe.run_dir))
+                with _not_worth_the_run(report.RESULTS_FILE):
+                    report.write_results(self._results, Path(self._recipe.run_dir))
                 self._show_examples()
         barrier()
         return self._results

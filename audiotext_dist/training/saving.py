@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import nn
 
 from audiotext_dist import storage
-from audiotext_dist.distributed import World, barrier, raise_together
+from audiotext_dist.distributed import World, barrier, from_main, raise_together
 from audiotext_dist.errors import UserError, require_positive
 from audiotext_dist.training import checkpoint
 from audiotext_dist.training.checkpoint import (
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 # What a run that was asked to stop may give the last copy.
 _COPY_SECONDS = 20
+_TURN_SECONDS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +102,19 @@ class Saver:
         raise_together(error)
 
     def finish(self, *, in_a_hurry: bool = False) -> None:
-        """Wait for the last copy."""
-        if self._uploader is not None:
-            self._uploader.finish(_COPY_SECONDS if in_a_hurry else float("inf"))
+        """Wait for the last copy, in turns: no rank may wait for another as long as that can take."""
+        deadline = time.monotonic() + (_COPY_SECONDS if in_a_hurry else math.inf)
+        while from_main(self._waits_for_copy(deadline)):
+            pass
+
+    def _waits_for_copy(self, deadline: float) -> bool:
+        """On the main rank: whether the last copy is still to come, after a second's wait."""
+        if self._uploader is None or self._uploader.finish(_TURN_SECONDS):
+            return False
+        if time.monotonic() < deadline:
+            return True
+        _log.warning("the last checkpoint is not at %s yet: the disk has it", self._config.upload_to)
+        return False
 
     def _remove_old(self) -> None:
         for old in named_checkpoints(self._run_dir):
@@ -171,4 +184,7 @@ def note_metric(run_dir: Path, step: int, metrics: Mapping[str, float], config: 
     same = best is not None and best["metric"] == config.best_metric
     if best is None or not same or sign * value > sign * float(best["value"]):
         content = {"name": name_of(step), "metric": config.best_metric, "value": value}
-        storage.write_bytes(str(run_dir / CHECKPOINTS / BEST_FILE), json.dumps(content).encode())
+        try:
+            storage.write_bytes(str(run_dir / CHECKPOINTS / BEST_FILE), json.dumps(content).encode())
+        except UserError as error:
+            _log.warning("step %d is not remembered as the best (%s)", step, error)

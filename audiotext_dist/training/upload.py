@@ -15,7 +15,6 @@ import threading
 from pathlib import Path
 
 from audiotext_dist import storage
-from audiotext_dist.errors import UserError
 
 _log = logging.getLogger(__name__)
 _STAGED = ".upload-"
@@ -41,22 +40,25 @@ class Uploader:
         """Copy a checkpoint soon; afterwards only the names in ``keep`` stay at the target."""
         staged = self._folder / f"{_STAGED}{checkpoint.name}"
         shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir()
-        # Links cost no space, and live on when the run removes the checkpoint.
-        for file in checkpoint.iterdir():
-            os.link(file, staged / file.name)
+        try:
+            staged.mkdir()
+            # Links cost no space, and live on when the run removes the checkpoint.
+            for file in checkpoint.iterdir():
+                os.link(file, staged / file.name)
+        except OSError as error:
+            _log.warning("%s is not copied to %s (%s): the run goes on", checkpoint.name, self._target, error)
+            shutil.rmtree(staged, ignore_errors=True)
+            return
         with self._changed:
             if self._waiting is not None:
                 shutil.rmtree(self._waiting[0])
             self._waiting = (staged, keep)
             self._changed.notify_all()
 
-    def finish(self, timeout_seconds: float) -> None:
-        """Wait until everything is copied; a warning where that takes longer."""
+    def finish(self, timeout_seconds: float) -> bool:
+        """Wait until everything is copied; False where that takes longer."""
         with self._changed:
-            seconds = None if timeout_seconds == float("inf") else timeout_seconds
-            if not self._changed.wait_for(lambda: self._waiting is None and not self._busy, seconds):
-                _log.warning("the last checkpoint is not at %s yet: the disk has it", self._target)
+            return self._changed.wait_for(lambda: self._waiting is None and not self._busy, timeout_seconds)
 
     def _work(self) -> None:
         while True:
@@ -66,7 +68,8 @@ class Uploader:
                 (staged, keep), self._waiting, self._busy = self._waiting, None, True
             try:
                 self._copy(staged, keep)
-            except (UserError, OSError) as error:
+            # Whatever a store's library raises: were this thread to end, the run would wait for it.
+            except Exception as error:
                 _log.warning("%s is not copied to %s (%s): the run goes on", staged.name, self._target, error)
             shutil.rmtree(staged, ignore_errors=True)
             with self._changed:

@@ -76,6 +76,15 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(tmp_path, file, dam
     assert checkpoint.newest_whole(tmp_path).name == "step-00000001"
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(tmp_path, caplog):
+    save(tmp_path, 1, 2)
+    for step in (1, 2):
+        (tmp_path / "checkpoints" / f"step-0000000{step}" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="no checkpoint in .* is whole on every rank"):
+        newest(tmp_path)
+    assert [line.split(" is not whole")[0][-1] for line in caplog.messages] == ["2", "1"]
+
+
 def test_damaged_newer_ones_do_not_outlive_the_checkpoints_of_the_run_that_goes_on(tmp_path):
     save(tmp_path, 3, 4, 5)
     for step in (4, 5):

@@ -68,6 +68,16 @@ def test_a_metric_that_is_not_evaluated_is_named(tmp_path: Path) -> None:
         saver.note_metrics(1, {"recall": 1.0})
 
 
+def test_a_best_one_that_cannot_be_written_down_costs_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saver = saver_of(tmp_path, best_metric="recall")
+    (tmp_path / "checkpoints" / "best.json").mkdir(parents=True)
+    saver.save(at(1))
+    saver.note_metrics(1, {"recall": 1.0})
+    assert "step 1 is not remembered as the best" in caplog.text
+
+
 ON_A_FULL_DISK = """
 import os, sys
 from pathlib import Path
@@ -171,6 +181,20 @@ def test_a_copy_that_lags_behind_takes_the_newest(tmp_path: Path, monkeypatch: p
         saver.finish()
         assert {name.split("/")[1] for name in objects(endpoint, "lagging")} == {"step-00000007"}
     assert names(tmp_path) == ["step-00000007"]
+
+
+def test_a_disk_without_links_costs_the_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    saver = saver_of(tmp_path, upload_to="s3://nowhere/mine")
+    assert saver.save(at(1))
+    saver.finish()
+    assert "step-00000001 is not copied to s3://nowhere/mine" in caplog.text
+    assert names(tmp_path) == ["step-00000001"]
 
 
 def test_where_copies_go_is_a_url_without_secrets() -> None:
