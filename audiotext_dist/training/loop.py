@@ -18,7 +18,7 @@ from tqdm import tqdm
 from audiotext_dist import configuration, storage
 from audiotext_dist.data.bad_samples import BadSampleCount
 from audiotext_dist.data.workers import in_step
-from audiotext_dist.distributed import any_over_ranks, barrier, gather_items
+from audiotext_dist.distributed import any_over_ranks, barrier, from_main, gather_items
 from audiotext_dist.errors import UserError
 from audiotext_dist.evaluation import examples, report
 from audiotext_dist.evaluation.retrieval import RetrievalResult
@@ -145,8 +145,9 @@ class _Run:
             dynamic_ncols=True,
             disable=not (self._world.is_main and sys.stderr.isatty()),
         ) as bar:
-            meter = Meter(self._world, recipe.training.global_batch_size)
             self._engine.train()
+            self._catch_up()
+            meter = Meter(self._world, recipe.training.global_batch_size)
             for batch in in_step(meter.waiting_for(self._prepared.batches(range(self._step, self._last_step)))):
                 self._set_learning_rates()
                 seed_step(recipe.training.seed, self._step, self._world.rank)
@@ -178,6 +179,17 @@ class _Run:
                 "command with training.resume=auto"
             )
         return results
+
+    def _catch_up(self) -> None:
+        """Do the evaluation before which the run was stopped that goes on here: its checkpoint comes first."""
+        if self._step == 0 or not self._is_due(self._recipe.evaluation.every_epochs):
+            return
+        done = self._world.is_main and any(
+            line["trainer/step"] == self._step and any(name.startswith("validation/") for name in line)
+            for line in read_metrics(Path(self._recipe.run_dir))
+        )
+        if not from_main(done):
+            self._evaluate()
 
     def _set_learning_rates(self) -> None:
         """The schedule counts updates: a batch that is skipped leaves it where it was."""
@@ -263,8 +275,9 @@ class _Run:
             self._results = self._prepared.evaluate()
         if self._results:
             flat = {key: value for result in self._results for key, value in report.flat_metrics(result).items()}
-            self._tracker.log(self._step, flat)
             self._saver.note_metrics(self._step, flat)
+            # Last, as from here on the evaluation counts as done.
+            self._tracker.log(self._step, flat)
             if self._world.is_main:
                 with _not_worth_the_run(report.RESULTS_FILE):
                     report.write_results(self._results, Path(self._recipe.run_dir))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
+from audiotext_dist.training.tracker import METRICS_FILE, read_metrics
 from tests.ranks import run_on_ranks
-from tests.training.runs import Ran, train_many, write_training_set
+from tests.training.runs import Ran, train_many, train_with_faults, write_training_set
 
 NUM_STEPS = 6
 
@@ -72,6 +74,31 @@ def test_as_many_ranks_go_on_to_the_bit(two_ranks: dict[str, Ran]) -> None:
     assert stopped.losses == whole.losses
     # Weights, their averages and optimizer as well.
     assert stopped.states == whole.states[4:]
+
+
+def evaluations_of_a_stopped_run(rank: int, clips: Path) -> list[list[tuple[float, float]]]:
+    """(step, R@1): of a run to step 4, the end of an epoch; of one that goes on from there; and of one that goes on
+    but has not evaluated there.
+    """
+    run_dir, found = clips.parent / "evaluated", []
+    words = [f"data.train.own.shards={clips}", f"data.validation.own.shards={clips}", f"run_dir={run_dir}"]
+    words += ["evaluation.every_epochs=1", "evaluation.num_examples=0", "checkpoint.keep_last=9"]
+    key = "validation/own/audio->text/R@1"
+    for last_step in (4, 5, 6):
+        if last_step == 6:
+            shutil.rmtree(run_dir / "checkpoints" / "step-00000005")
+            lines = (run_dir / METRICS_FILE).read_text().splitlines(keepends=True)
+            (run_dir / METRICS_FILE).write_text("".join(line for line in lines if key not in line))
+        train_with_faults(rank, [*words, f"training.max_steps={last_step}"])
+        found.append([(line["trainer/step"], line[key]) for line in read_metrics(run_dir) if key in line])
+    return found
+
+
+def test_an_evaluation_before_which_a_run_was_stopped_is_made_up_for(clips: Path) -> None:
+    (found,) = run_on_ranks(evaluations_of_a_stopped_run, 1, clips)
+    first, resumed, not_evaluated = found
+    assert [[step for step, _ in each] for each in found] == [[4], [4, 5], [4, 6]]
+    assert first[0] == resumed[0] == not_evaluated[0]
 
 
 @pytest.mark.faults
