@@ -21,7 +21,6 @@ from audiotext_dist.training import checkpoint
 from audiotext_dist.training.checkpoint import (
     BEST_FILE,
     CHECKPOINTS,
-    MANIFEST,
     Progress,
     best_of,
     name_of,
@@ -73,7 +72,7 @@ class Saver:
         self._uploader = None
         if config.upload_to is not None and world.is_main:
             (run_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-            self._uploader = Uploader(config.upload_to, run_dir / CHECKPOINTS, MANIFEST)
+            self._uploader = Uploader(config.upload_to, run_dir / CHECKPOINTS)
 
     def save(self, progress: Progress) -> bool:
         """Write a checkpoint, and remove what is no longer kept; False where the disk refuses."""
@@ -133,7 +132,7 @@ def fetch(config: CheckpointConfig, run_dir: Path, world: World) -> Path | None:
         newest = checkpoint.newest_whole(run_dir)
         try:
             fetched = fetch_newest(
-                config.upload_to, run_dir / CHECKPOINTS, MANIFEST, newer_than="" if newest is None else newest.name
+                config.upload_to, run_dir / CHECKPOINTS, newer_than="" if newest is None else newest.name
             )
         except (UserError, OSError) as met:
             error = UserError(f"checkpoint.upload_to cannot be read ({met}): mend that, or resume without it")

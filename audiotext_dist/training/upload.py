@@ -15,6 +15,7 @@ import threading
 from pathlib import Path
 
 from audiotext_dist import storage
+from audiotext_dist.training.checkpoint import BEST_FILE, MANIFEST
 
 _log = logging.getLogger(__name__)
 _STAGED = ".upload-"
@@ -23,12 +24,11 @@ _STAGED = ".upload-"
 class Uploader:
     """Copies finished checkpoints to ``target``, one at a time; of several that wait, the newest.
 
-    Args:
-        manifest: the name of the file that makes a checkpoint whole.
+    Beside its files each copy holds the name of the best checkpoint so far.
     """
 
-    def __init__(self, target: str, folder: Path, manifest: str) -> None:
-        self._target, self._folder, self._manifest = target, folder, manifest
+    def __init__(self, target: str, folder: Path) -> None:
+        self._target, self._folder = target, folder
         self._changed = threading.Condition()
         self._waiting: tuple[Path, set[str]] | None = None
         self._busy = False
@@ -43,7 +43,8 @@ class Uploader:
         try:
             staged.mkdir()
             # Links cost no space, and live on when the run removes the checkpoint.
-            for file in checkpoint.iterdir():
+            best = self._folder / BEST_FILE
+            for file in [*checkpoint.iterdir(), *([best] if best.is_file() else [])]:
                 os.link(file, staged / file.name)
         except OSError as error:
             _log.warning("%s is not copied to %s (%s): the run goes on", checkpoint.name, self._target, error)
@@ -79,12 +80,12 @@ class Uploader:
     def _copy(self, staged: Path, keep: set[str]) -> None:
         name = staged.name.removeprefix(_STAGED)
         # Last what makes it whole.
-        for file in sorted(staged.iterdir(), key=lambda file: file.name == self._manifest):
+        for file in sorted(staged.iterdir(), key=lambda file: file.name == MANIFEST):
             storage.copy(str(file), storage.join(self._target, f"{name}/{file.name}"))
         for old in remote_names(self._target):
             if old not in keep | {name}:
                 # First what makes it whole.
-                storage.remove(storage.join(self._target, f"{old}/{self._manifest}"), missing_ok=True)
+                storage.remove(storage.join(self._target, f"{old}/{MANIFEST}"), missing_ok=True)
                 for path in storage.list_files(storage.join(self._target, old), ""):
                     storage.remove(path, missing_ok=True)
 
@@ -95,8 +96,9 @@ def remote_names(target: str) -> list[str]:
     return sorted((name for name in names if name.startswith("step-")), reverse=True)
 
 
-def fetch_newest(target: str, folder: Path, manifest: str, newer_than: str) -> Path | None:
-    """Bring the newest whole checkpoint of the target into the folder, if it is newer than the one named.
+def fetch_newest(target: str, folder: Path, newer_than: str) -> Path | None:
+    """Bring the newest whole checkpoint of the target into the folder, if it is newer than the one named, and the
+    one that was the best when that was copied.
 
     Raises:
         UserError: the store cannot be read; starting anew would throw the run away.
@@ -104,18 +106,37 @@ def fetch_newest(target: str, folder: Path, manifest: str, newer_than: str) -> P
     for name in remote_names(target):
         if name <= newer_than:
             return None
-        partial = folder / f".{name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
-            content = storage.read_bytes(storage.join(target, f"{name}/{manifest}"))
-            for file in json.loads(content):
-                storage.copy(storage.join(target, f"{name}/{file}"), str(partial / file))
-        except (FileNotFoundError, ValueError):
-            shutil.rmtree(partial)
-            continue
-        (partial / manifest).write_bytes(content)
-        shutil.rmtree(folder / name, ignore_errors=True)
-        partial.rename(folder / name)
-        return folder / name
+        if _fetch(target, folder, name):
+            _fetch_best(target, folder, name)
+            return folder / name
     return None
+
+
+def _fetch(target: str, folder: Path, name: str) -> bool:
+    """Bring one checkpoint; False where it is not whole."""
+    partial = folder / f".{name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        content = storage.read_bytes(storage.join(target, f"{name}/{MANIFEST}"))
+        for file in json.loads(content):
+            storage.copy(storage.join(target, f"{name}/{file}"), str(partial / file))
+    # Not every ValueError: what a store refuses is one too, and must be told.
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        shutil.rmtree(partial)
+        return False
+    (partial / MANIFEST).write_bytes(content)
+    shutil.rmtree(folder / name, ignore_errors=True)
+    partial.rename(folder / name)
+    return True
+
+
+def _fetch_best(target: str, folder: Path, newest: str) -> None:
+    """Bring the checkpoint that the copy of the newest one names as the best, if it is still there."""
+    try:
+        content = storage.read_bytes(storage.join(target, f"{newest}/{BEST_FILE}"))
+        best = str(json.loads(content)["name"])
+    except (FileNotFoundError, json.JSONDecodeError, KeyError):
+        return
+    if (folder / best).is_dir() or (best in remote_names(target) and _fetch(target, folder, best)):
+        storage.write_bytes(str(folder / BEST_FILE), content)

@@ -135,9 +135,11 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path: Path) -> None:
 def test_copies_in_a_store_bring_a_run_back_on_an_empty_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    refuse = False
+    refuse = refuse_reading = False
 
     def fault(request: Request) -> str | None:
+        if refuse_reading and request.method == "GET" and "model.safetensors" in request.path:
+            return "403"
         return "403" if refuse and request.method == "PUT" else None
 
     with server() as endpoint, proxy(endpoint, fault) as address:  # type: ignore[arg-type]
@@ -158,6 +160,11 @@ def test_copies_in_a_store_bring_a_run_back_on_an_empty_disk(
         # One that came to no end has no manifest, and is passed over.
         fsspec.filesystem("s3").pipe_file("runs/mine/step-00000009/model.safetensors", b"half")
         empty = tmp_path / "second"
+        # One that is refused is not passed over: the run would begin anew.
+        refuse_reading = True
+        with pytest.raises(UserError, match=r"upload_to cannot be read .*model\.safetensors"):
+            saving.fetch(CheckpointConfig(**config), empty, World())  # type: ignore[arg-type]
+        refuse_reading = False
         fetched = saving.fetch(CheckpointConfig(**config), empty, World())  # type: ignore[arg-type]
         assert fetched is not None
         assert checkpoint.find_newest_whole(empty, World()) == fetched == empty / "checkpoints" / "step-00000003"
@@ -169,6 +176,28 @@ def test_copies_in_a_store_bring_a_run_back_on_an_empty_disk(
     use(monkeypatch, "http://127.0.0.1:1")
     with pytest.raises(UserError, match=r"checkpoint\.upload_to cannot be read"):
         saving.fetch(CheckpointConfig(**config), tmp_path / "third", World())  # type: ignore[arg-type]
+
+
+def test_the_best_one_comes_back_from_a_store_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with server() as endpoint:
+        use(monkeypatch, endpoint)
+        fsspec.filesystem("s3").mkdir("best")
+        config = {"upload_to": "s3://best/mine", "best_metric": "recall", "keep_last": 1}
+        saver = saver_of(tmp_path / "first", **config)
+        for step, recall in [(1, 0.1), (2, 0.5), (3, 0.2)]:
+            assert saver.save(at(step))
+            saver.note_metrics(step, {"recall": recall})
+            saver.finish()
+        empty = tmp_path / "second"
+        saving.fetch(CheckpointConfig(**config), empty, World())  # type: ignore[arg-type]
+        assert names(empty) == ["step-00000002", "step-00000003"]
+        best = checkpoint.best_of(empty)
+        assert best is not None
+        assert (best["name"], best["value"]) == ("step-00000002", 0.5)
+        saver = saver_of(empty, **config)
+        assert saver.save(at(4))
+        saver.finish()
+        assert {name.split("/")[1] for name in objects(endpoint, "best")} == {"step-00000002", "step-00000004"}
 
 
 def test_a_copy_that_lags_behind_takes_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
