@@ -80,7 +80,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(tmp_path, c
     save(tmp_path, 1, 2)
     for step in (1, 2):
         (tmp_path / "checkpoints" / f"step-0000000{step}" / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="no checkpoint in .* is whole on every rank"):
+    with pytest.raises(UserError, match=r"no checkpoint in .* is whole on every rank"):
         newest(tmp_path)
     assert [line.split(" is not whole")[0][-1] for line in caplog.messages] == ["2", "1"]
 
