@@ -10,11 +10,12 @@ from typing import Any
 
 from audiotext_dist import configuration
 from audiotext_dist.data.sets import open_sets
+from audiotext_dist.data.shard import Shard
 from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError, run_for_people
 from audiotext_dist.evaluation import report
 from audiotext_dist.evaluation.examples import write_examples
-from audiotext_dist.evaluation.retrieval import check_relevance, evaluate_set
+from audiotext_dist.evaluation.retrieval import RetrievalResult, check_relevance, evaluate_set
 from audiotext_dist.models.dual_encoder import DualEncoder, build_model
 from audiotext_dist.training.checkpoint import load_model, run_folder
 from audiotext_dist.training.engine import start_process_group, stop_process_group
@@ -85,12 +86,15 @@ def main() -> None:
     ]
     stop_process_group()
     if world.is_main:
-        out = Path(own["out"]) if "out" in own else run_folder(Path(own["run"]))
-        out.mkdir(parents=True, exist_ok=True)
-        report.write_results(results, out)
-        for result, shards in zip(results, sets, strict=True):
-            write_examples(result.examples, recipe.task, result.set_name, shards, recipe.data, out)
+        _write(results, sets, recipe, Path(own["out"]) if "out" in own else run_folder(Path(own["run"])))
         print(report.table(results))
+
+
+def _write(results: list[RetrievalResult], sets: list[list[Shard]], recipe: Recipe, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    report.write_results(results, out)
+    for result, shards in zip(results, sets, strict=True):
+        write_examples(result.examples, recipe.task, result.set_name, shards, recipe.data, out)
 
 
 def _read(run: Path, changes: list[str]) -> Recipe:
