@@ -56,8 +56,9 @@ def main() -> None:
     except RuntimeError as error:
         if not lost_contact(error):
             raise
-        # What went wrong is told by the rank where it did.
-        sys.stderr.write(f"error: rank {world.rank} ends, since another rank has left or does not answer\n")
+        # What went wrong is told by the rank where it did; a port that is taken, by nobody else.
+        reason = str(error).partition("\n")[0]
+        sys.stderr.write(f"error: rank {world.rank} ends, since another rank has left or does not answer ({reason})\n")
         # Not an orderly exit, which would wait for that rank again.
         os._exit(EXIT_LOST)
     stop_process_group()
