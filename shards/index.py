@@ -14,7 +14,7 @@ from pathlib import Path
 
 from audiotext_dist import storage
 from audiotext_dist.configuration import describe, parse
-from audiotext_dist.data.index import SHARD_SUFFIX, index_path
+from audiotext_dist.data.index import INDEX_SUFFIX, SHARD_SUFFIX, index_path
 from audiotext_dist.data.scan import scan_tar
 from audiotext_dist.data.shard import BUILD_SETTINGS
 from audiotext_dist.data.shard_list import LIST_NAME, remove_list, write_list
@@ -36,6 +36,8 @@ class IndexConfig:
     def __post_init__(self) -> None:
         if self.num_workers < 1:
             raise UserError(f"num_workers={self.num_workers} must be 1 or more")
+        if set(self.shards) & set("{*") or self.shards.endswith(SHARD_SUFFIX):
+            raise UserError(f"shards={storage.public_name(self.shards)} must be one folder, without * or braces")
 
 
 def main() -> None:
@@ -57,7 +59,9 @@ def index_folder(config: IndexConfig) -> tuple[int, int]:
     """
     folder = config.shards.rstrip("/")
     tars = storage.expand(folder, SHARD_SUFFIX)
-    missing = [path for path in tars if not storage.exists(index_path(path))]
+    # One listing: to ask for each index of a large bucket takes hours.
+    indexed = set(storage.list_files(folder, INDEX_SUFFIX))
+    missing = [path for path in tars if index_path(path) not in indexed]
     if missing and storage.exists(storage.join(folder, BUILD_SETTINGS)):
         raise UserError(f"{storage.public_name(missing[0])} is not finished: run its build again to the end")
     remove_list(folder)

@@ -51,3 +51,9 @@ def test_what_cannot_be_listed_is_told_and_leaves_no_list(elsewhere: Path) -> No
     (elsewhere / "build.json").write_text("{}")
     with pytest.raises(UserError, match=r"00001\.tar is not finished"):
         index_folder(config)
+
+
+@pytest.mark.parametrize("shards", ["set/*.tar", "set/{0..3}.tar", "set/0.tar", "{a,b}"])
+def test_a_part_of_a_folder_cannot_be_listed(shards: str) -> None:
+    with pytest.raises(UserError, match="must be one folder"):
+        IndexConfig(shards=shards)
