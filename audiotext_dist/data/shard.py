@@ -118,13 +118,13 @@ def _listed_shards(folder: str, pattern: str, listed: pyarrow.Table, retry: Retr
     """Those of a folder's listed shards that a pattern names; what the list does not tell of is refused."""
     names = listed["name"].to_pylist()
     anew = f"list it anew with python -m shards.index shards={storage.public_name(folder)}"
+    # To list a bucket of so many takes a request a thousand.
+    present = names if storage.is_remote(folder) else _tars_in(folder or ".")
     if "*" in pattern:
-        chosen = fnmatch.filter(names, pattern)
-        # To list a bucket of so many takes a request a thousand.
-        present = chosen if storage.is_remote(folder) else _tars_in(folder or ".", pattern)
+        chosen, asked = fnmatch.filter(names, pattern), fnmatch.filter(present, pattern)
     else:
-        present = chosen = storage.expand_braces(pattern)
-    if strangers := set(present) - set(names):
+        chosen = asked = storage.expand_braces(pattern)
+    if strangers := set(asked) - set(names):
         raise UserError(f"{storage.public_name(folder)} has no {min(strangers)} in its {LIST_NAME}: {anew}")
     if absent := set(chosen) - set(present):
         raise UserError(f"{storage.public_name(folder)} has no {min(absent)}, and {LIST_NAME} lists it: {anew}")
@@ -149,8 +149,8 @@ def _listed_shards(folder: str, pattern: str, listed: pyarrow.Table, retry: Retr
     return [shard_of[name] for name in chosen]
 
 
-def _tars_in(folder: str, pattern: str) -> list[str]:
-    return fnmatch.filter((path.rpartition("/")[2] for path in storage.list_files(folder, SHARD_SUFFIX)), pattern)
+def _tars_in(folder: str) -> list[str]:
+    return [path.rpartition("/")[2] for path in storage.list_files(folder, SHARD_SUFFIX)]
 
 
 def _indexed_shards(spec: str, cache: NodeCache) -> list[Shard]:
@@ -199,7 +199,10 @@ def _check_belongs(path: str, index: ShardIndex) -> None:
         raise UserError(f"the index beside {shown} is that of {index.shard_name}: copy or build the shard again")
     if storage.is_remote(path):
         return
-    found_bytes = Path(path.removeprefix("file://")).stat().st_size
+    try:
+        found_bytes = Path(path.removeprefix("file://")).stat().st_size
+    except FileNotFoundError:
+        raise UserError(f"{shown} is not there, only its index: copy the shard again") from None
     if found_bytes != index.shard_bytes:
         raise UserError(
             f"{shown} has {found_bytes} bytes where its index says {index.shard_bytes}: build or copy the shard again"

@@ -61,7 +61,10 @@ class ShardReader:
         offset, num_bytes, expected = entry
         if num_bytes > MAX_MEMBER_BYTES:
             raise BadSampleError(f"{member} has {num_bytes} bytes, more than {MAX_MEMBER_BYTES}", "too_large")
-        content = os.pread(descriptor, num_bytes, offset)
+        try:
+            content = os.pread(descriptor, num_bytes, offset)
+        except OSError as error:
+            raise _unreadable(self._shards[shard], error) from None
         self._counts.bytes_read += len(content)
         if len(content) != num_bytes:
             raise BadSampleError(f"{member} is cut short", "cut_short")
@@ -75,7 +78,12 @@ class ShardReader:
             return self._opened[number]
         shard = self._shards[number]
         index = shard.index
-        descriptor = self._cache.open(shard.path, num_bytes=shard.num_bytes, sha256=shard.sha256, counts=self._counts)
+        try:
+            descriptor = self._cache.open(
+                shard.path, num_bytes=shard.num_bytes, sha256=shard.sha256, counts=self._counts
+            )
+        except OSError as error:
+            raise _unreadable(shard, error) from None
         found_bytes = os.fstat(descriptor).st_size
         if found_bytes != index.shard_bytes:
             os.close(descriptor)
@@ -124,3 +132,9 @@ class ShardReader:
     def __getstate__(self) -> dict[str, object]:
         # Descriptors belong to one process.
         return {**self.__dict__, "_opened": OrderedDict()}
+
+
+def _unreadable(shard: Shard, error: OSError) -> UserError:
+    """What a disk's refusal means to a person."""
+    shown = storage.public_name(shard.path)
+    return UserError(f"{shown} cannot be read ({error.strerror}): mend the cause, or copy the shard again")

@@ -179,8 +179,22 @@ def test_a_shard_that_the_list_lacks_is_refused(listed: Path) -> None:
 
 def test_a_listed_shard_that_is_gone_is_told_before_training(listed: Path) -> None:
     (listed / "00002.tar").unlink()
-    with pytest.raises(UserError, match=r"has no 00002\.tar, and shards\.parquet lists it"):
-        load_shards(str(listed))
+    for spec in (f"{listed}", f"{listed}/*.tar", f"{listed}/{{00000..00002}}.tar"):
+        with pytest.raises(UserError, match=r"has no 00002\.tar, and shards\.parquet lists it"):
+            load_shards(spec)
+    assert len(load_shards(f"{listed}/{{00000,00001}}.tar")) == 2
+
+
+def test_a_shard_that_goes_after_the_start_is_named_where_it_is_read(listed: Path) -> None:
+    shards = load_shards(str(listed))
+    assert shards[2].index.num_samples == NUM_SHARDS
+    for name in ("00001.tar", "00002.tar"):
+        (listed / name).unlink()
+    reader = ShardReader(shards)
+    with pytest.raises(UserError, match=r"00001\.tar is not there, only its index: copy the shard again"):
+        reader.read(1, 0, "json")
+    with pytest.raises(UserError, match=r"00002\.tar cannot be read \(No such file or directory\)"):
+        reader.read(2, 0, "json")
 
 
 def test_a_part_of_a_listed_set_may_be_named(listed: Path) -> None:
