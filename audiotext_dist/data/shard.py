@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import hashlib
 import json
+import logging
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +29,9 @@ BUILD_SETTINGS = "build.json"
 NUM_INDEX_READERS = 16
 # In one process, of listed sets: twice what one rank reads at once by default; 40 MB for shards of 250 clips.
 MAX_OPEN_INDEXES = 512
+# To list a bucket takes a request a thousand files: of longer lists it is not compared.
+MAX_COMPARED = 2000
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,8 +123,7 @@ def _listed_shards(folder: str, pattern: str, listed: pyarrow.Table, retry: Retr
     """Those of a folder's listed shards that a pattern names; what the list does not tell of is refused."""
     names = listed["name"].to_pylist()
     anew = f"list it anew with python -m shards.index shards={storage.public_name(folder)}"
-    # To list a bucket of so many takes a request a thousand.
-    present = names if storage.is_remote(folder) else _tars_in(folder or ".")
+    present = names if storage.is_remote(folder) else _tars_in(folder or ".", retry)
     if "*" in pattern:
         chosen, asked = fnmatch.filter(names, pattern), fnmatch.filter(present, pattern)
     else:
@@ -130,6 +134,8 @@ def _listed_shards(folder: str, pattern: str, listed: pyarrow.Table, retry: Retr
         raise UserError(f"{storage.public_name(folder)} has no {min(absent)}, and {LIST_NAME} lists it: {anew}")
     if not chosen:
         raise UserError(f"no {pattern} in the {LIST_NAME} of {storage.public_name(folder)}: check the path")
+    if storage.is_remote(folder) and "*" in pattern:
+        _warn_of_unlisted(folder, pattern, names, retry)
     shard_of = {
         name: Shard(
             path=f"{folder}/{name}" if folder else name,
@@ -149,8 +155,26 @@ def _listed_shards(folder: str, pattern: str, listed: pyarrow.Table, retry: Retr
     return [shard_of[name] for name in chosen]
 
 
-def _tars_in(folder: str) -> list[str]:
-    return [path.rpartition("/")[2] for path in storage.list_files(folder, SHARD_SUFFIX)]
+def _warn_of_unlisted(folder: str, pattern: str, names: list[str], retry: RetryConfig) -> None:
+    """On the main rank, say so where a bucket's folder holds tars that its list lacks, which are not read."""
+    is_main = os.environ.get("RANK", "0") == "0"
+    if not is_main or len(names) > MAX_COMPARED or folder.startswith(("http://", "https://")):
+        return
+    with contextlib.suppress(UserError):  # not everybody who may read may list
+        if unlisted := set(fnmatch.filter(_tars_in(folder, retry), pattern)) - set(names):
+            _log.warning(
+                "%s has %s, which its %s lacks, so it is not read (%d such shards): "
+                "list them with python -m shards.index shards=%s",
+                storage.public_name(folder),
+                min(unlisted),
+                LIST_NAME,
+                len(unlisted),
+                storage.public_name(folder),
+            )
+
+
+def _tars_in(folder: str, retry: RetryConfig) -> list[str]:
+    return [path.rpartition("/")[2] for path in storage.list_files(folder, SHARD_SUFFIX, retry)]
 
 
 def _indexed_shards(spec: str, cache: NodeCache) -> list[Shard]:

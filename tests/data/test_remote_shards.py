@@ -26,7 +26,7 @@ from audiotext_dist.data.plan import Plan
 from audiotext_dist.data.read_counts import ReadCounts
 from audiotext_dist.data.sets import DataConfig, SetConfig, make_plan, warn_of_small_cache
 from audiotext_dist.data.shard import Shard, _listed_index, load_shards
-from audiotext_dist.data.shard_list import write_list
+from audiotext_dist.data.shard_list import LIST_NAME, write_list
 from audiotext_dist.data.shard_reader import ShardReader
 from audiotext_dist.data.workers import in_step, iterate
 from audiotext_dist.distributed import World, sums_over_ranks
@@ -187,6 +187,22 @@ def test_a_listed_set_is_found_where_a_server_lists_no_folder_and_its_indexes_co
         _listed_index.cache_clear()
         with pytest.raises(UserError, match=r"00001\.index\.json is not there, and shards\.parquet beside it lists it"):
             ShardReader(shards, cache).read(1, 0, "json")
+
+
+def test_a_shard_that_was_copied_into_a_bucket_and_not_listed_is_named(
+    folder: Path, store: str, cache: NodeCache, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_list(str(tmp_path), list_rows(str(folder))[:2])
+    s3 = fsspec.filesystem("s3")
+    for path in (tmp_path / LIST_NAME, *(folder / f"0000{number}.tar" for number in range(3))):
+        s3.put(str(path), f"bucket/listed/{path.name}")
+    with caplog.at_level(logging.WARNING, "audiotext_dist"):
+        assert len(load_shards("s3://bucket/listed/{00000,00001}.tar", cache)) == 2
+        assert len(load_shards("s3://bucket/listed/*1.tar", cache)) == 1
+        assert caplog.messages == []
+        assert len(load_shards("s3://bucket/listed", cache)) == 2
+    (said,) = caplog.messages
+    assert said.startswith("s3://bucket/listed has 00002.tar, which its shards.parquet lacks")
 
 
 def test_a_cache_that_is_too_small_still_gives_every_batch(folder: Path, site: str, cache: NodeCache) -> None:
