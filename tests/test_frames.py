@@ -122,6 +122,20 @@ def test_the_lone_frame_is_the_one_that_is_drawn_alone(shards, tmp_path):
     assert len(drawn) > 12, "a clip has another frame in another epoch"
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_before_its_epoch_a_method_decodes_the_lone_frame_alone(shards, tmp_path, num_workers):
+    steps, method = range(7), ["loss.frame_match=nearest", f"data.num_workers={num_workers}"]
+    alone = list(prepared(shards, tmp_path).batches(steps))
+    among = list(prepared(shards, tmp_path, *method).batches(steps))
+    found = list(prepared(shards, tmp_path, *method, "loss.frame_match_from_epoch=1").batches(steps))
+    for step, (one, every, batch) in enumerate(zip(alone, among, found, strict=True)):
+        expected = one if step < 3 else every
+        assert torch.equal(batch.frames_BLHWC, expected.frames_BLHWC), step
+        assert torch.equal(batch.frame_numbers_BL, expected.frame_numbers_BL), step
+        assert torch.equal(batch.lone_frame_B, every.lone_frame_B), step
+        assert torch.equal(batch.frames_BHWC, one.frames_BHWC), step
+
+
 def test_a_clip_with_too_few_frames_is_no_sample_of_a_method_that_needs_them(tmp_path):
     samples = [make_sample(number, num_frames=3 if number == 5 else 4) for number in range(12)]
     folder = write_shards(tmp_path / "set", [samples])

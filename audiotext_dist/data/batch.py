@@ -97,7 +97,8 @@ def collate(
     clips: Sequence[Clip], arrays: BatchArrays, bad_samples: list[BadSample], tokenize: Tokenize | None
 ) -> Batch:
     """The clips that were decoded into these arrays; the caption of each is the one that was drawn for it."""
-    waveform_BS, frames_BLHWC = (torch.from_numpy(array) for array in arrays.first(len(clips)))
+    filled = arrays.first(len(clips), len(clips[0].frame_numbers))
+    waveform_BS, frames_BLHWC = (torch.from_numpy(array) for array in filled)
     captions = [clip.metadata.text[clip.caption_number] if clip.metadata.text else "" for clip in clips]
     by_teacher = list(zip(*(clip.teachers for clip in clips), strict=True))
     return Batch(

@@ -34,9 +34,9 @@ class BatchArrays(NamedTuple):
         """Where one clip goes."""
         return ClipArrays(self.waveform_BS[place], self.frames_BLHWC[place])
 
-    def first(self, num_clips: int) -> BatchArrays:
-        """The first clips of the batch."""
-        return BatchArrays(self.waveform_BS[:num_clips], self.frames_BLHWC[:num_clips])
+    def first(self, num_clips: int, num_frames: int) -> BatchArrays:
+        """The first clips of the batch, and of each so many pictures, where it has any."""
+        return BatchArrays(self.waveform_BS[:num_clips], self.frames_BLHWC[:num_clips, :num_frames])
 
     def copy(self) -> BatchArrays:
         """The same in memory of its own."""

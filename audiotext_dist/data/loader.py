@@ -8,6 +8,7 @@ plan's next one and reported. ``workers.iterate`` runs that over all steps that 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 
 from torch.utils.data import Dataset
@@ -35,6 +36,7 @@ class TrainingBatches(Dataset[Batch]):
 
     Args:
         plan_of: the plan of an epoch; every epoch has the same number of batches.
+        num_lone_epochs: in so many epochs at first, only the frame that stands for a clip alone is decoded.
         features: of the shards of all sets, numbered together.
     """
 
@@ -47,6 +49,7 @@ class TrainingBatches(Dataset[Batch]):
         seed: int,
         world: World,
         tokenize: Tokenize | None,
+        num_lone_epochs: int = 0,
         features: Features = NO_FEATURES,
         cache: NodeCache | None = None,
     ) -> None:
@@ -58,6 +61,7 @@ class TrainingBatches(Dataset[Batch]):
         self._num_batches = self._plan_of(0).num_batches
         self.memory = BatchMemory(len(self._plan_of(0).batch(0, rank=world.rank, world_size=world.size)), decode)
         self._decode, self._seed, self._world, self._tokenize = decode, seed, world, tokenize
+        self._decode_alone, self._num_lone_epochs = replace(decode, frames="random"), num_lone_epochs
         ahead = partial(_shards_ahead, self._plan_of, world)
         self._prefetcher = Prefetcher(
             cache,
@@ -96,11 +100,12 @@ class TrainingBatches(Dataset[Batch]):
         self, step: int, place: int, slot: Slot, into: ClipArrays, bad_samples: list[BadSample]
     ) -> Clip:
         epoch = step // self._num_batches
+        decode = self._decode_alone if epoch < self._num_lone_epochs else self._decode
         for ahead in range(1, MAX_REPLACEMENTS + 1):
             shard = self._shards[slot.shard]
             key = shard.index.keys[slot.row]
             try:
-                clip = decode_clip(self._reader, key, slot, self._decode, seed=self._seed, epoch=epoch, into=into)
+                clip = decode_clip(self._reader, key, slot, decode, seed=self._seed, epoch=epoch, into=into)
                 needs_caption = self._tokenize is not None or self._features.captions is not None
                 if needs_caption and clip.caption_number < 0:
                     raise BadSampleError("it has no caption", "no_caption")

@@ -78,7 +78,7 @@ def _made_by_workers(batches: Batches, numbers: range, num_workers: int) -> Iter
             item.on_every_rank = False
             raise item
         batch, (worker, place) = item
-        arrays = batches.memory.at(worker, place).first(len(batch.keys)).copy()
+        arrays = batches.memory.at(worker, place).first(*batch.frame_numbers_BL.shape).copy()
         yield dataclasses.replace(
             batch,
             waveform_BS=torch.from_numpy(arrays.waveform_BS),

@@ -74,6 +74,7 @@ class Prepared:
             seed=self.recipe.training.seed,
             world=self.world,
             tokenize=None if text is None or data.caption_features is not None else text.tokenize,
+            num_lone_epochs=self.recipe.loss.frame_match_from_epoch,
             features=self.train_features,
             cache=data.node_cache(),
         )

@@ -163,7 +163,7 @@ class Recipe:
 
     @property
     def training_frames(self) -> FrameChoice:
-        """Which frames of a clip are decoded in training."""
+        """Which frames of a clip are decoded in training, from ``loss.frame_match_from_epoch`` on."""
         if "image" not in self.task:
             return "none"
         return "random" if self.loss.frame_match == "one" else "all"
