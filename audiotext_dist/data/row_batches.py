@@ -33,7 +33,7 @@ class RowBatches(Dataset[Batch]):
     ) -> None:
         self._shards, self._decode = shards, decode
         self.memory = BatchMemory(batch_size, decode)
-        self._reader = ShardReader(shards, cache)
+        self._reader = ShardReader(shards, cache, verify=decode.verify)
         self.rows = [
             (number, range(start, min(start + batch_size, shard.num_samples)))
             for number, shard in enumerate(shards)
