@@ -134,7 +134,9 @@ class _Thread(threading.Thread):
         # A folder that cannot be used: whoever reads a shard meets the same, and tells.
         with contextlib.suppress(UserError, OSError), self._cache.wishes() as say:
             while (step := self._next_step()) is not None:
-                self._fetch_from(step, say)
+                # A disk that is full for a moment does not end the work ahead.
+                with contextlib.suppress(UserError, OSError):
+                    self._fetch_from(step, say)
         with self._changed:
             self._is_over = self._is_idle = True
             self._changed.notify_all()
