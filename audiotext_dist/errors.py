@@ -26,7 +26,8 @@ def require_positive(config: object, prefix: str, *keys: str) -> None:
 
 
 def run_for_people(main: Callable[[], None]) -> None:
-    """Run an entry point; a ``UserError``, or a file that cannot be had, becomes one line and exit code 2.
+    """Run an entry point; a ``UserError``, a file that cannot be had or a reading process that was killed becomes
+    one line and exit code 2.
 
     Under a launcher what every rank meets is said by local rank 0 alone.
     """
@@ -39,6 +40,15 @@ def run_for_people(main: Callable[[], None]) -> None:
     except OSError as error:
         named = f": {error.filename}" if error.filename else ""
         sys.stderr.write(f"error: {error.strerror or error}{named}\n")
+        raise SystemExit(2) from None
+    except RuntimeError as error:
+        # torch raises it wherever the main thread is at that moment.
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        sys.stderr.write(
+            f"error: {str(error).partition('. ')[0]} (out of memory?): give fewer data.num_workers, or mend the cause; "
+            "training.resume=auto goes on\n"
+        )
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -1,6 +1,9 @@
 """Batches from real shards: contents, and randomness that belongs to clips."""
 
 import dataclasses
+import os
+import re
+import signal
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from audiotext_dist.data.sets import DataConfig, SetConfig, make_plan, open_sets
 from audiotext_dist.data.shard import load_shards
 from audiotext_dist.data.workers import iterate
 from audiotext_dist.distributed import World
-from audiotext_dist.errors import UserError
+from audiotext_dist.errors import UserError, run_for_people
 from tests.clips import FRAME_PIXELS, SAMPLE_RATE_HZ, make_sample, write_shards
 
 CPU = torch.device("cpu")
@@ -182,6 +185,17 @@ def test_a_set_in_which_nothing_decodes_ends_in_one_line(tmp_path, num_workers):
     with pytest.raises(UserError, match="samples in a row cannot be used") as caught:
         epoch_of(training_batches(config(str(folder), num_frames=1), World()), num_workers=num_workers, num_batches=1)
     assert "\n" not in str(caught.value)
+
+
+def test_a_worker_that_is_killed_ends_the_run_in_one_line(shards, monkeypatch, capsys):
+    # As the kernel does where memory runs out.
+    monkeypatch.setattr(TrainingBatches, "_own_slots", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    batches = training_batches(config(shards), World())
+    with pytest.raises(SystemExit) as ended:
+        run_for_people(lambda: epoch_of(batches, num_workers=1))
+    assert ended.value.code == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    assert re.match(r"error: DataLoader worker \(pid.*data\.num_workers", told)
 
 
 def test_a_task_without_sound_decodes_none(tmp_path):
