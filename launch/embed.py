@@ -19,9 +19,9 @@ from audiotext_dist.data.sets import open_sets
 from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError, run_for_people
 from audiotext_dist.models.dual_encoder import DualEncoder, build_model
-from audiotext_dist.training.checkpoint import load_model
 from audiotext_dist.training.prepare import build_towers
 from audiotext_dist.training.recipe import Recipe, read_recipe, read_run_recipe
+from audiotext_dist.training.weights import load_model
 
 HELP = """Embed what frozen encoders say of shards, once, into a file beside each: SHARD.NAME.safetensors.
 

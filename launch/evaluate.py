@@ -17,11 +17,12 @@ from audiotext_dist.evaluation import report
 from audiotext_dist.evaluation.examples import write_examples
 from audiotext_dist.evaluation.retrieval import RetrievalResult, check_relevance, evaluate_set
 from audiotext_dist.models.dual_encoder import DualEncoder, build_model
-from audiotext_dist.training.checkpoint import load_model, run_folder
+from audiotext_dist.training.checkpoint_folder import run_folder
 from audiotext_dist.training.engine import start_process_group, stop_process_group
 from audiotext_dist.training.features import features_of, needs_pictures, replaced_encoders
 from audiotext_dist.training.prepare import build_towers
 from audiotext_dist.training.recipe import Recipe, read_run_recipe
+from audiotext_dist.training.weights import load_model
 
 HELP = """Evaluate a run's newest checkpoint, or any exported weights, on its validation sets or others.
 

@@ -9,8 +9,9 @@ from safetensors.torch import save_file
 
 from audiotext_dist import configuration, storage
 from audiotext_dist.errors import UserError, run_for_people
-from audiotext_dist.training.checkpoint import MODEL_FILE, RECIPE_FILE, make_readable, read_weights
+from audiotext_dist.training.checkpoint_folder import RECIPE_FILE
 from audiotext_dist.training.recipe import read_run_recipe
+from audiotext_dist.training.weights import MODEL_FILE, make_readable, read_weights
 
 HELP = """Export a run's newest checkpoint.
 

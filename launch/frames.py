@@ -18,8 +18,8 @@ from audiotext_dist.data.sets import open_sets
 from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError, run_for_people
 from audiotext_dist.models.dual_encoder import DualEncoder, build_model, unit_length
-from audiotext_dist.training.checkpoint import load_model
 from audiotext_dist.training.recipe import Recipe, read_run_recipe
+from audiotext_dist.training.weights import load_model
 
 HELP = """Draw the frames of some clips with their cosine to the clip's sound; the nearest has a frame around it.
 

@@ -14,11 +14,11 @@ from audiotext_dist.data.shard import load_shards
 from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError
 from audiotext_dist.models.dual_encoder import unit_length
-from audiotext_dist.training.checkpoint import read_weights
 from audiotext_dist.training.prepare import Prepared, build_towers, prepare
 from audiotext_dist.training.recipe import read_recipe
 from audiotext_dist.training.step import train_step
 from audiotext_dist.training.tracker import read_metrics
+from audiotext_dist.training.weights import read_weights
 from launch import evaluate, frames
 from tests.clips import SAMPLE_RATE_HZ, make_sample, write_shards
 from tests.losses.small_model import AveragingEngine, gradients, watch

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from audiotext_dist.data.shard import load_shards
-from audiotext_dist.training.checkpoint import read_weights
 from audiotext_dist.training.tracker import read_metrics
+from audiotext_dist.training.weights import read_weights
 from tests.clips import SAMPLE_RATE_HZ, make_sample, write_shards
 from tests.commands import run_commands
 from tests.ranks import run_command_on_ranks

@@ -10,8 +10,6 @@
     run_dir/checkpoints/latest          the newest one's name, moved last; for people and scripts
     run_dir/checkpoints/best.json       the best one's name and metric (saving.py)
 
-Wherever weights are asked for, run_dir means its newest checkpoint and run_dir/checkpoints/best its best one.
-
 Nothing in it depends on the number of processes or the ZeRO stage, so a run goes on under others. Random numbers
 are drawn from the seed, the step and the rank, so they need no file.
 
@@ -27,7 +25,7 @@ import logging
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -37,22 +35,25 @@ from torch import nn
 from audiotext_dist import storage
 from audiotext_dist.distributed import World, from_main, gather_items
 from audiotext_dist.errors import UserError
+from audiotext_dist.training.checkpoint_folder import (
+    CHECKPOINTS,
+    MANIFEST,
+    RECIPE_FILE,
+    describe_files,
+    is_whole,
+    name_of,
+    named_checkpoints,
+)
 from audiotext_dist.training.health import Health
 from audiotext_dist.training.loss_scale import LossScale
+from audiotext_dist.training.weights import EMA_FILE, MODEL_FILE, load_strictly, make_readable
 
 if TYPE_CHECKING:
     from audiotext_dist.training.engine import Engine
 
-CHECKPOINTS = "checkpoints"
-MODEL_FILE = "model.safetensors"
-_EMA_FILE = "ema.safetensors"
 _OPTIMIZER_FILE = "optimizer.safetensors"
-RECIPE_FILE = "recipe.yaml"
-MANIFEST = "manifest.json"
 _PROGRESS = "progress.json"
 _POINTER = "latest"
-BEST = "best"
-BEST_FILE = "best.json"
 _log = logging.getLogger(__name__)
 
 
@@ -108,7 +109,7 @@ def save(
         weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
         files = {MODEL_FILE: weights, _OPTIMIZER_FILE: optimizer_state}
         if engine.ema is not None:
-            files[_EMA_FILE] = engine.ema.state()
+            files[EMA_FILE] = engine.ema.state()
         partial = run_dir / CHECKPOINTS / f".{name_of(progress.step)}.partial"
         try:
             _write(partial, files, progress, recipe_yaml)
@@ -135,7 +136,7 @@ def _write(
         make_readable(partial / file)
     storage.write_bytes(str(partial / _PROGRESS), json.dumps(asdict(progress)).encode())
     storage.write_bytes(str(partial / RECIPE_FILE), recipe_yaml.encode())
-    storage.write_bytes(str(partial / MANIFEST), json.dumps(_describe_files(partial), indent=1).encode())
+    storage.write_bytes(str(partial / MANIFEST), json.dumps(describe_files(partial), indent=1).encode())
 
 
 def _give_name(partial: Path, run_dir: Path) -> Path:
@@ -150,11 +151,6 @@ def _give_name(partial: Path, run_dir: Path) -> Path:
     return named
 
 
-def name_of(step: int) -> str:
-    """The folder's name of a step's checkpoint; names sort as steps do."""
-    return f"step-{step:08d}"
-
-
 def find_newest_whole(run_dir: Path, world: World) -> Path | None:
     """The newest checkpoint whose every file has the size and digest of its manifest, on all ranks; None without any.
 
@@ -165,7 +161,7 @@ def find_newest_whole(run_dir: Path, world: World) -> Path | None:
     """
     candidates: list[Path] = from_main(named_checkpoints(run_dir) if world.is_main else None)
     for candidate in candidates:
-        refused_by = [rank for rank, is_whole in enumerate(gather_items(_is_whole(candidate, world))) if not is_whole]
+        refused_by = [rank for rank, is_whole in enumerate(gather_items(is_whole(candidate, world))) if not is_whole]
         if not refused_by:
             return candidate
         if world.is_main:
@@ -189,10 +185,10 @@ def load(engine: Engine, model: nn.Module, checkpoint: Path, start: Progress) ->
     """
     progress = read_progress(checkpoint)
     progress.check_fits(start, str(checkpoint))
-    _load_strictly(model, load_file(checkpoint / MODEL_FILE), str(checkpoint))
+    load_strictly(model, load_file(checkpoint / MODEL_FILE), str(checkpoint))
     engine.load_optimizer_state(load_file(checkpoint / _OPTIMIZER_FILE))
     if engine.ema is not None:
-        averages = checkpoint / _EMA_FILE
+        averages = checkpoint / EMA_FILE
         engine.ema.load(load_file(averages) if averages.is_file() else {})
     if engine.loss_scale is not None and progress.loss_scale is not None:
         engine.loss_scale = progress.loss_scale
@@ -204,16 +200,6 @@ def remove_newer(checkpoint: Path) -> None:
     for other in checkpoint.parent.glob("step-*"):
         if other.name > checkpoint.name:
             shutil.rmtree(other)
-
-
-def newest_whole(run_dir: Path) -> Path | None:
-    """The newest checkpoint that this process finds whole, or None."""
-    return next((found for found in named_checkpoints(run_dir) if _is_whole(found, World())), None)
-
-
-def make_readable(weights_file: Path) -> None:
-    """Let the group read a weights file as it reads all others: safetensors writes for its owner alone."""
-    weights_file.chmod(0o644)
 
 
 def read_progress(checkpoint: Path) -> Progress:
@@ -228,115 +214,3 @@ def read_progress(checkpoint: Path) -> Progress:
         )
     except (TypeError, ValueError, KeyError, AttributeError):
         raise UserError(f"{checkpoint} is of another version of this program: start under a new run_dir") from None
-
-
-def load_model(model: nn.Module, source: str, *, ema: bool = True) -> None:
-    """Load every weight of a model from where ``read_weights`` finds them.
-
-    Raises:
-        UserError: nothing there, or weights of another model.
-    """
-    _load_strictly(model, read_weights(source, ema=ema), f"the weights at {source}")
-
-
-def load_tower(tower: nn.Module, modality: str, source: str) -> None:
-    """Load one tower (``audio``, ``image`` or ``text``) from the weights of another run.
-
-    Raises:
-        UserError: nothing there, or a run without such a tower.
-    """
-    prefix = f"{modality}."
-    weights = {key.removeprefix(prefix): value for key, value in read_weights(source).items() if key.startswith(prefix)}
-    if not weights:
-        raise UserError(f"{source} has no {modality} tower: point model.{modality}.init at a run that trained one")
-    _load_strictly(tower, weights, f"the {modality} tower of {source}")
-
-
-def read_weights(source: str, *, ema: bool = True) -> dict[str, torch.Tensor]:
-    """Weights from what ``weights_folder`` takes, averaged where it holds averages and ``ema``; or a .safetensors file.
-
-    Raises:
-        UserError: nothing of the kind there.
-    """
-    folder = weights_folder(Path(source))
-    path = folder / MODEL_FILE if folder.is_dir() else folder
-    if not path.is_file():
-        raise UserError(f"no weights at {source}: give a run folder, a checkpoint folder or a .safetensors file")
-    averages = folder / _EMA_FILE
-    try:
-        return load_file(path) | (load_file(averages) if ema and averages.is_file() else {})
-    except SafetensorError as error:
-        raise UserError(f"{path} is no safetensors file ({error}): export it again") from None
-
-
-def run_folder(source: Path) -> Path:
-    """Of a run, or of one of its checkpoints."""
-    return source.parents[1] if source.parent.name == CHECKPOINTS else source
-
-
-def weights_folder(source: Path) -> Path:
-    """Where the weights lie that a run folder (its newest whole checkpoint), RUN/checkpoints/best, a checkpoint or an
-    export stands for.
-
-    Raises:
-        UserError: the run remembers no best checkpoint.
-    """
-    if source.name == BEST and source.parent.name == CHECKPOINTS:
-        best = best_of(source.parents[1])
-        if best is None:
-            raise UserError(
-                f"no best checkpoint at {source}: train with checkpoint.best_metric, or give the run folder"
-            )
-        return source.parent / str(best["name"])
-    return newest_whole(source) or source
-
-
-def best_of(run_dir: Path) -> dict[str, Any] | None:
-    """Name, metric and value of the best checkpoint, while there is one of that name."""
-    try:
-        found: dict[str, Any] = json.loads((run_dir / CHECKPOINTS / BEST_FILE).read_text())
-        return found if (run_dir / CHECKPOINTS / found["name"]).is_dir() else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def has_checkpoints(run_dir: Path) -> bool:
-    """True when the run folder holds a checkpoint, whole or not."""
-    return bool(named_checkpoints(run_dir))
-
-
-def _load_strictly(module: nn.Module, weights: dict[str, torch.Tensor], what: str) -> None:
-    try:
-        module.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"{what} is of another model than this recipe's: set the same names and sizes ({reason})"
-        ) from None
-
-
-def named_checkpoints(run_dir: Path) -> list[Path]:
-    """The checkpoints that have their name, whole or damaged since, newest first."""
-    return sorted((run_dir / CHECKPOINTS).glob("step-*"), reverse=True)
-
-
-def _describe_files(folder: Path) -> dict[str, dict[str, str | int]]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": storage.sha256_of(path)}
-        for path in files
-    }
-
-
-def _is_whole(checkpoint: Path, world: World) -> bool:
-    try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
-        for number, (name, expected) in enumerate(sorted(manifest.items())):
-            path = checkpoint / name
-            if path.stat().st_size != expected["bytes"]:
-                return False
-            if number % world.size == world.rank and storage.sha256_of(path) != expected["sha256"]:
-                return False
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return True

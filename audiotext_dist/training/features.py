@@ -15,7 +15,7 @@ from audiotext_dist.data.shard import Shard
 from audiotext_dist.errors import UserError
 from audiotext_dist.models.dual_encoder import DualEncoder
 from audiotext_dist.retry import RetryConfig
-from audiotext_dist.training import checkpoint
+from audiotext_dist.training import weights
 from audiotext_dist.training.recipe import Recipe, read_run_recipe
 
 NO_TEACHERS: Mapping[str, str | None] = MappingProxyType({})
@@ -78,7 +78,7 @@ def _encoders_of_run(run: str) -> dict[Modality, Encoder]:
     recipe = read_run_recipe(Path(run))
     if recipe.task != "audio-text":
         raise UserError(f"data.teachers: {run} has task={recipe.task}: a teacher is an audio-text run")
-    return teacher_encoders(checkpoint.read_weights(run), recipe.model, recipe.data)
+    return teacher_encoders(weights.read_weights(run), recipe.model, recipe.data)
 
 
 def _encoders_in(first: str, name: str, retry: RetryConfig) -> dict[Modality, Encoder]:

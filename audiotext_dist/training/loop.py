@@ -22,7 +22,7 @@ from audiotext_dist.distributed import any_over_ranks, barrier, from_main, gathe
 from audiotext_dist.errors import UserError
 from audiotext_dist.evaluation import examples, report
 from audiotext_dist.evaluation.retrieval import RetrievalResult
-from audiotext_dist.training import checkpoint
+from audiotext_dist.training import checkpoint_folder
 from audiotext_dist.training.checkpoint import Progress
 from audiotext_dist.training.ema import Ema
 from audiotext_dist.training.engine import Engine, start_process_group
@@ -78,7 +78,7 @@ def _train(prepared: Prepared, stop: StopRequest) -> list[RetrievalResult]:
         progress = resume(recipe.checkpoint, engine, model, run_dir, progress, world)
     # Only now is it sure that the folder's earlier run, if any, goes on as this recipe says.
     if world.is_main:
-        storage.write_bytes(str(run_dir / checkpoint.RECIPE_FILE), configuration.to_yaml(recipe).encode())
+        storage.write_bytes(str(run_dir / checkpoint_folder.RECIPE_FILE), configuration.to_yaml(recipe).encode())
     tracker = Tracker(
         recipe.tracker,
         run_dir,

@@ -25,7 +25,7 @@ from audiotext_dist.errors import UserError
 from audiotext_dist.evaluation.retrieval import RetrievalResult, check_relevance, evaluate_set
 from audiotext_dist.models.audio import AudioTower
 from audiotext_dist.models.dual_encoder import DualEncoder, build_model
-from audiotext_dist.training import checkpoint
+from audiotext_dist.training import checkpoint_folder, weights
 from audiotext_dist.training.checkpoint import Progress
 from audiotext_dist.training.compiling import check_compiler, compile_towers
 from audiotext_dist.training.engine_config import deepspeed_config
@@ -134,7 +134,7 @@ def prepare(recipe: Recipe, world: World) -> Prepared:
     if recipe.engine.compile:
         check_compiler()
     _check_writable(Path(recipe.run_dir))
-    if recipe.training.resume == "never" and checkpoint.has_checkpoints(Path(recipe.run_dir)):
+    if recipe.training.resume == "never" and checkpoint_folder.has_checkpoints(Path(recipe.run_dir)):
         raise UserError(
             f"{recipe.run_dir} holds checkpoints of an earlier run: "
             "go on with training.resume=auto, or start anew under another name= or run_dir="
@@ -208,7 +208,7 @@ def build_towers(recipe: Recipe) -> DualEncoder:
             copied = AudioTower(recipe.model.audio, recipe.data.sample_rate_hz, model.image.visual)
             model.audio.transformer.load_state_dict(copied.transformer.state_dict())
         if tower.init is not None:
-            checkpoint.load_tower(getattr(model, modality), modality, tower.init)
+            weights.load_tower(getattr(model, modality), modality, tower.init)
         elif getattr(tower, "frozen", False) and tower.pretrained is None:
             _log.warning(
                 "the frozen %s tower has random weights: give model.%s.pretrained or .init", modality, modality
@@ -222,7 +222,7 @@ def _continued(recipe: Recipe, source: str) -> DualEncoder:
         recipe.model.without_weights(), recipe.task, recipe.data.sample_rate_hz, recipe.training.autocast_dtype
     )
     own_scale = model.logit_scale.detach().clone()
-    checkpoint.load_model(model, source)
+    weights.load_model(model, source)
     if not recipe.model.learn_temperature:
         with torch.no_grad():
             model.logit_scale.copy_(own_scale)

@@ -19,11 +19,11 @@ from audiotext_dist.data.decode import FrameChoice
 from audiotext_dist.data.feature_files import check_feature_name
 from audiotext_dist.data.sets import DataConfig
 from audiotext_dist.errors import UserError, require_positive
-from audiotext_dist.evaluation.retrieval import EvaluatedFrame
+from audiotext_dist.evaluation.embedded_clips import EvaluatedFrame
 from audiotext_dist.losses.config import LossConfig
 from audiotext_dist.models.dual_encoder import ModelConfig, Task
 from audiotext_dist.models.towers import check_heard
-from audiotext_dist.training.checkpoint import RECIPE_FILE, weights_folder
+from audiotext_dist.training.checkpoint_folder import RECIPE_FILE, weights_folder
 from audiotext_dist.training.engine_config import EngineConfig
 from audiotext_dist.training.optim import OptimConfig
 from audiotext_dist.training.saving import CheckpointConfig

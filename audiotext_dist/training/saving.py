@@ -17,15 +17,9 @@ from torch import nn
 from audiotext_dist import storage
 from audiotext_dist.distributed import World, barrier, from_main, raise_together
 from audiotext_dist.errors import UserError, require_positive
-from audiotext_dist.training import checkpoint
-from audiotext_dist.training.checkpoint import (
-    BEST_FILE,
-    CHECKPOINTS,
-    Progress,
-    best_of,
-    name_of,
-    named_checkpoints,
-)
+from audiotext_dist.training import checkpoint, checkpoint_folder
+from audiotext_dist.training.checkpoint import Progress
+from audiotext_dist.training.checkpoint_folder import BEST_FILE, CHECKPOINTS, best_of, name_of, named_checkpoints
 from audiotext_dist.training.upload import Uploader, fetch_newest
 
 if TYPE_CHECKING:
@@ -129,7 +123,7 @@ def fetch(config: CheckpointConfig, run_dir: Path, world: World) -> Path | None:
     """
     fetched, error = None, None
     if config.upload_to is not None and world.is_main:
-        newest = checkpoint.newest_whole(run_dir)
+        newest = checkpoint_folder.newest_whole(run_dir)
         try:
             fetched = fetch_newest(
                 config.upload_to, run_dir / CHECKPOINTS, newer_than="" if newest is None else newest.name

@@ -15,7 +15,7 @@ import threading
 from pathlib import Path
 
 from audiotext_dist import storage
-from audiotext_dist.training.checkpoint import BEST_FILE, MANIFEST
+from audiotext_dist.training.checkpoint_folder import BEST_FILE, MANIFEST
 
 _log = logging.getLogger(__name__)
 _STAGED = ".upload-"

@@ -8,7 +8,7 @@ from torch import nn
 
 from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError
-from audiotext_dist.training import checkpoint
+from audiotext_dist.training import checkpoint, checkpoint_folder, weights
 from audiotext_dist.training.checkpoint import Progress
 from audiotext_dist.training.saving import CheckpointConfig, Saver
 
@@ -73,7 +73,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(tmp_path, file, dam
         case "flipped":
             path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
     assert newest(tmp_path) == "step-00000001"
-    assert checkpoint.newest_whole(tmp_path).name == "step-00000001"
+    assert checkpoint_folder.newest_whole(tmp_path).name == "step-00000001"
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(tmp_path, caplog):
@@ -99,7 +99,7 @@ def test_a_partial_checkpoint_is_invisible_and_the_next_save_clears_it(tmp_path)
     partial.mkdir(parents=True)
     (partial / "half").write_bytes(b"half")
     assert newest(tmp_path) is None
-    assert not checkpoint.has_checkpoints(tmp_path)
+    assert not checkpoint_folder.has_checkpoints(tmp_path)
     save(tmp_path, 3)
     assert newest(tmp_path) == "step-00000003"
     assert not partial.exists()
@@ -117,10 +117,10 @@ def test_weights_are_read_from_run_checkpoint_and_file(tmp_path):
     model = save(tmp_path, 1, 2)
     folder = tmp_path / "checkpoints" / "step-00000002"
     for source in (tmp_path, folder, folder / "model.safetensors"):
-        weights = checkpoint.read_weights(str(source))
-        assert torch.equal(weights["weight"], model.weight)
+        found = weights.read_weights(str(source))
+        assert torch.equal(found["weight"], model.weight)
     other = nn.Linear(3, 2)
-    checkpoint.load_model(other, str(tmp_path))
+    weights.load_model(other, str(tmp_path))
     assert torch.equal(other.bias, model.bias)
 
 
@@ -128,13 +128,13 @@ def test_weights_that_do_not_fit_or_are_not_there_are_one_line(tmp_path):
     save(tmp_path, 1)
     (tmp_path / "broken.safetensors").write_bytes(b"not weights")
     with pytest.raises(UserError, match="of another model"):
-        checkpoint.load_model(nn.Linear(4, 2), str(tmp_path))
+        weights.load_model(nn.Linear(4, 2), str(tmp_path))
     with pytest.raises(UserError, match="has no audio tower"):
-        checkpoint.load_tower(nn.Linear(3, 2), "audio", str(tmp_path))
+        weights.load_tower(nn.Linear(3, 2), "audio", str(tmp_path))
     with pytest.raises(UserError, match="no weights at"):
-        checkpoint.read_weights(str(tmp_path / "nowhere"))
+        weights.read_weights(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="no safetensors file"):
-        checkpoint.read_weights(str(tmp_path / "broken.safetensors"))
+        weights.read_weights(str(tmp_path / "broken.safetensors"))
 
 
 @pytest.mark.parametrize("key", ["seed", "global_batch_size", "steps_an_epoch", "optimizer"])

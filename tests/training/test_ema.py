@@ -8,9 +8,10 @@ from unittest import mock
 import torch
 from torch import nn
 
-from audiotext_dist.training.checkpoint import newest_whole, read_weights
+from audiotext_dist.training.checkpoint_folder import newest_whole
 from audiotext_dist.training.ema import Ema
 from audiotext_dist.training.prepare import Prepared
+from audiotext_dist.training.weights import read_weights
 from tests.ranks import run_on_ranks
 from tests.training.runs import train_with_faults, write_training_set
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError
-from audiotext_dist.training import checkpoint, saving
+from audiotext_dist.training import checkpoint, checkpoint_folder, saving, weights
 from audiotext_dist.training.saving import CheckpointConfig, Saver
 from tests.object_store import Request, objects, proxy, server, use
 from tests.training.test_checkpoint import START, StateEngine
@@ -51,14 +51,16 @@ def test_the_best_one_can_be_named_in_place_of_its_folder(tmp_path: Path) -> Non
     saver = saver_of(tmp_path, model := nn.Linear(3, 2), best_metric="recall")
     best = tmp_path / "checkpoints" / "best"
     with pytest.raises(UserError, match=r"no best checkpoint at .*: train with checkpoint.best_metric"):
-        checkpoint.read_weights(str(best))
+        weights.read_weights(str(best))
     for step, recall in [(1, 0.1), (2, 0.5), (3, 0.2)]:
         nn.init.constant_(model.bias, step)
         saver.save(at(step))
         saver.note_metrics(step, {"recall": recall})
-    assert checkpoint.read_weights(str(best))["bias"].tolist() == [2, 2]
-    assert checkpoint.read_weights(str(tmp_path))["bias"].tolist() == [3, 3]
-    assert {checkpoint.run_folder(path) for path in (best, tmp_path, best.with_name("step-00000003"))} == {tmp_path}
+    assert weights.read_weights(str(best))["bias"].tolist() == [2, 2]
+    assert weights.read_weights(str(tmp_path))["bias"].tolist() == [3, 3]
+    assert {checkpoint_folder.run_folder(path) for path in (best, tmp_path, best.with_name("step-00000003"))} == {
+        tmp_path
+    }
 
 
 def test_a_metric_that_is_not_evaluated_is_named(tmp_path: Path) -> None:
@@ -191,7 +193,7 @@ def test_the_best_one_comes_back_from_a_store_too(tmp_path: Path, monkeypatch: p
         empty = tmp_path / "second"
         saving.fetch(CheckpointConfig(**config), empty, World())  # type: ignore[arg-type]
         assert names(empty) == ["step-00000002", "step-00000003"]
-        best = checkpoint.best_of(empty)
+        best = checkpoint_folder.best_of(empty)
         assert best is not None
         assert (best["name"], best["value"]) == ("step-00000002", 0.5)
         saver = saver_of(empty, **config)

@@ -24,9 +24,9 @@ from audiotext_dist.errors import UserError
 from audiotext_dist.losses.config import LossConfig
 from audiotext_dist.losses.contrastive import Teachers, contrastive_loss
 from audiotext_dist.models.dual_encoder import DualEncoder, build_model
-from audiotext_dist.training.checkpoint import load_model
 from audiotext_dist.training.prepare import Prepared, prepare
 from audiotext_dist.training.recipe import read_recipe, read_run_recipe
+from audiotext_dist.training.weights import load_model
 from launch import embed
 from tests.clips import make_sample, write_shards
 from tests.ranks import run_on_ranks

@@ -11,9 +11,9 @@ from audiotext_dist.data.encoders import encoder_of
 from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError
 from audiotext_dist.models.dual_encoder import build_model
-from audiotext_dist.training.checkpoint import load_model, read_weights
 from audiotext_dist.training.prepare import prepare
 from audiotext_dist.training.recipe import read_recipe, read_run_recipe
+from audiotext_dist.training.weights import load_model, read_weights
 from launch import export
 from tests.clips import SAMPLE_RATE_HZ
 from tests.models.formula import sound
