@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from audiotext_dist.errors import UserError
 from audiotext_dist.models.atst import AtstTower
 from audiotext_dist.models.audio import AudioTower, AudioTowerConfig, create_audio_tower
@@ -10,7 +12,7 @@ from audiotext_dist.models.hub_text import HubTextTower
 from audiotext_dist.models.mobilenet import MobileNetTower
 from audiotext_dist.models.passt import PasstTower
 from audiotext_dist.models.text import TextTower, TextTowerConfig
-from audiotext_dist.models.weights import load_published
+from audiotext_dist.models.weights import Network, load_published
 
 AnyTextTower = TextTower | HubTextTower
 AnyAudioTower = AudioTower | PasstTower | MobileNetTower | AtstTower | HubAudioTower
@@ -29,21 +31,23 @@ def build_audio_tower(config: AudioTowerConfig, sample_rate_hz: int) -> AnyAudio
             return create_audio_tower(config, sample_rate_hz)
         case "passt":
             passt = PasstTower(config.passt, sample_rate_hz)
-            if config.pretrained is not None:
-                load_published(passt.transformer, "passt", config.pretrained, config.sha256)
+            _load_pretrained(passt.transformer, "passt", config)
             return passt
         case "mobilenet":
             mobilenet = MobileNetTower(config.mobilenet, sample_rate_hz)
-            if config.pretrained is not None:
-                load_published(mobilenet.features, "mobilenet", config.pretrained, config.sha256)
+            _load_pretrained(mobilenet.features, "mobilenet", config)
             return mobilenet
         case "atst":
             atst = AtstTower(config.atst, sample_rate_hz)
-            if config.pretrained is not None:
-                load_published(atst.transformer, "atst", config.pretrained, config.sha256)
+            _load_pretrained(atst.transformer, "atst", config)
             return atst
         case "transformers":
             return HubAudioTower(config.name, config.pretrained, sample_rate_hz)
+
+
+def _load_pretrained(network: nn.Module, kind: Network, config: AudioTowerConfig) -> None:
+    if config.pretrained is not None:
+        load_published(network, kind, config.pretrained, config.sha256)
 
 
 def build_text_tower(config: TextTowerConfig) -> AnyTextTower:
