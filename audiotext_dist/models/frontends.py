@@ -25,7 +25,7 @@ LOWEST_FREQUENCY_HZ = 20.0
 PREEMPHASIS = 0.97
 INT16_FULL_SCALE = 32768.0
 # A clip grows about 30-fold on its way to the filter banks: a few at once bound the memory, and fit a CPU's cache.
-CLIPS_AT_ONCE = 8
+CLIPS_AT_ONCE = 4
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import resource
 import time
 from collections.abc import Iterator
+from pathlib import Path
+
+import torch
 
 from audiotext_dist.data.batch import Batch
 from audiotext_dist.data.read_counts import ReadCounts
 from audiotext_dist.distributed import World, max_over_ranks, sums_over_ranks
-from audiotext_dist.memory import memory_bytes
 
 
 class Meter:
     """What the data cost since it was last read: clips a second, share of time that ranks wait, bytes, cache.
 
-    Beside it the memory of the rank that holds most: see ``memory.memory_bytes``.
+    Beside it the memory of the rank that holds most: see ``_memory_bytes``.
     """
 
     def __init__(self, world: World, global_batch_size: int) -> None:
@@ -49,7 +52,7 @@ class Meter:
         """Name -> figure over all ranks; starts anew. Bytes are those of the workers, which are some batches ahead."""
         now = time.perf_counter()
         seconds = now - self._start
-        waiting_share, memory = self._waited_seconds / seconds, memory_bytes(self._world.device)
+        waiting_share, memory = self._waited_seconds / seconds, _memory_bytes(self._world.device)
         less, most, *most_bytes = max_over_ranks([-waiting_share, waiting_share, *memory.values()], self._world.device)
         sums = sums_over_ranks(dataclasses.astuple(self._counts), self._world.device)
         counts = ReadCounts(*sums)
@@ -66,3 +69,13 @@ class Meter:
         }
         self._start, self._waited_seconds, self._num_batches, self._counts = now, 0.0, 0, ReadCounts()
         return figures
+
+
+def _memory_bytes(device: torch.device) -> dict[str, float]:
+    """This process's resident memory now; on an accelerator also the peaks of what was in use and what was held."""
+    resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
+    found = {"resident_bytes": float(resident_pages * resource.getpagesize())}
+    if device.type == "cuda":
+        found["device_allocated_peak_bytes"] = float(torch.cuda.max_memory_allocated(device))
+        found["device_reserved_peak_bytes"] = float(torch.cuda.max_memory_reserved(device))
+    return found
