@@ -16,7 +16,7 @@ NUM_PROCESSES ?= $(if $(filter 0,$(NUM_GPUS)),2,$(shell for n in 64 32 16 8 4 2 
 $(if $(filter 0,$(NUM_GPUS)),$(eval export DS_ACCELERATOR := cpu))
 
 CORPUS ?= corpus
-NUM_TRAIN_CLIPS ?= 2048
+NUM_TRAIN_CLIPS ?= 1536
 NUM_TEST_CLIPS ?= 256
 RUN ?= runs/soundscape-audio-text
 
