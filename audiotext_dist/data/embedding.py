@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import sys
@@ -32,6 +31,7 @@ from audiotext_dist.data.feature_files import (
     FeatureFile,
     FeatureHeader,
     check_feature_name,
+    content_sha256,
     feature_path,
     find_feature_files,
 )
@@ -221,9 +221,6 @@ def _write(
         tensors[modality] = tensors[modality].astype(_DTYPES[config.dtype])
     if OFFSETS in tensors:
         tensors[OFFSETS] = np.concatenate([[0], np.cumsum(tensors[OFFSETS])]).astype(np.int64)
-    content = hashlib.sha256()
-    for name in sorted(tensors):
-        content.update(tensors[name].tobytes())
     index = job.shard.index
     header = FeatureHeader(
         shard=index.shard_name,
@@ -232,7 +229,7 @@ def _write(
         dtype=config.dtype,
         encoders=encoders,
         missing=missing,
-        content_sha256=content.hexdigest(),
+        content_sha256=content_sha256(sorted(tensors.items())),
     )
     # Claimed, so that what a killed job left of this file is removed.
     with storage.claimed(job.path, wait=True):

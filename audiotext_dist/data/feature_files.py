@@ -10,21 +10,26 @@ or fp16, of unit length:
 
 The header says which encoder made it, of which shard, and which rows could not be embedded. The headers of up to
 ``NUM_CHECKED`` files of a set are read before a run starts, of a larger set those of as many shards drawn from all of
-it; the others when their shards are. A file of another encoder or another shard is refused. The rows are read one by
-one from the mapped file; a remote file is first copied to the node, like a shard.
+it; the others when their shards are. A file of another encoder or another shard is refused, and so is one whose content
+does not have the header's checksum, which each reading process looks at once. The rows are read one by one from the
+mapped file; a remote file is first copied to the node, like a shard.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
 
 from audiotext_dist import storage
 from audiotext_dist.data.encoders import Encoder, Modality
@@ -135,6 +140,14 @@ def _told_missing(features: ShardFeatures, how_many: str) -> str:
         f"data set '{features.set_name}' has no '{name}' features{how_many} "
         f"({storage.public_name(features.path)}): run launch/embed.py features={name} on it to the end"
     )
+
+
+def content_sha256(tensors: Iterable[tuple[str, NDArray[Any]]]) -> str:
+    """SHA-256 of the tensors' bytes, which come in the order of their names."""
+    content = hashlib.sha256()
+    for _, tensor in tensors:
+        content.update(tensor.data)
+    return content.hexdigest()
 
 
 def check_feature_name(name: str, key: str) -> None:

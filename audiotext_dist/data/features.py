@@ -18,7 +18,13 @@ from audiotext_dist.data.bad_samples import BadSampleError
 from audiotext_dist.data.cache import NodeCache
 from audiotext_dist.data.decode import Clip, TeacherRows
 from audiotext_dist.data.encoders import Modality
-from audiotext_dist.data.feature_files import OFFSETS, FeatureFile, ShardFeatures, read_feature_file
+from audiotext_dist.data.feature_files import (
+    OFFSETS,
+    FeatureFile,
+    ShardFeatures,
+    content_sha256,
+    read_feature_file,
+)
 from audiotext_dist.data.plan import Slot
 from audiotext_dist.data.prefetch import RemoteFile
 from audiotext_dist.data.read_counts import ReadCounts
@@ -47,13 +53,14 @@ class FeatureReader:
         self._cache = NodeCache() if cache is None else cache
         self._counts = ReadCounts()
         self._tensors: OrderedDict[int, dict[str, Any]] = OrderedDict()
+        self._verified: set[int] = set()
 
     def read(self, shard: int, row: int) -> NDArray[np.float32]:
         """A row's embeddings: float32 [frames, captions or 1, D].
 
         Raises:
             BadSampleError: the row could not be embedded.
-            UserError: the file is not the one that was there when the run began.
+            UserError: the file is damaged, or is not the one that was there when the run began.
         """
         reason = self._features[shard].file.header.missing.get(str(row))
         if reason is not None:
@@ -96,6 +103,9 @@ class FeatureReader:
         try:
             # The slices keep the file mapped, even where the cache removes it.
             opened = safe_open(f"/proc/self/fd/{descriptor}", framework="numpy")
+            if shard not in self._verified:
+                _verify(file, opened)
+                self._verified.add(shard)
             tensors = {name: opened.get_slice(name) for name in names}  # type: ignore[no-untyped-call]
         except (SafetensorError, OSError) as error:  # a file without this tensor, too
             shown = storage.public_name(file.path)
@@ -177,6 +187,15 @@ def _captions_of(clip: Clip, slot: Slot, reader: FeatureReader) -> NDArray[np.fl
             "its shard was changed under its index, build or copy it again"
         )
     return embeddings_CD
+
+
+def _verify(file: FeatureFile, opened: Any) -> None:
+    tensors = ((name, opened.get_tensor(name)) for name in sorted(opened.keys()))
+    if content_sha256(tensors) != file.header.content_sha256:
+        raise UserError(
+            f"{storage.public_name(file.path)} is damaged (its content has another checksum): "
+            "make it anew with launch/embed.py overwrite=true"
+        )
 
 
 def _descriptor(file: FeatureFile, cache: NodeCache, counts: ReadCounts) -> int:

@@ -383,6 +383,18 @@ def test_a_sample_of_a_large_set_is_looked_at(embedded_set, tmp_path, monkeypatc
         open_features(load_shards(str(tmp_path / "set")), "own", None, {}, "own")
 
 
+def test_a_flipped_bit_is_noticed_before_a_row_is_used(embedded_set, tmp_path):
+    shutil.copytree(embedded_set, tmp_path / "set")
+    path = tmp_path / "set" / "00001.own.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    reader = reader_of(str(tmp_path / "set"), "image")
+    reader.read(0, 0)
+    with pytest.raises(UserError, match=r"00001.own.safetensors is damaged \(its content has another checksum\)"):
+        reader.read(1, 0)
+
+
 def test_a_file_that_changes_during_a_run_is_noticed(embedded_set, tmp_path, run_embed):
     folder = tmp_path / "set"
     shutil.copytree(embedded_set, folder)

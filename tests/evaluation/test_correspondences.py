@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from audiotext_dist.data.encoders import Encoder
-from audiotext_dist.data.feature_files import OFFSETS, FeatureHeader
+from audiotext_dist.data.feature_files import OFFSETS, FeatureHeader, content_sha256
 from audiotext_dist.data.shard import load_shards
 from audiotext_dist.errors import UserError
 from audiotext_dist.evaluation.correspondences import average_precision, judge, read_said, truth, truth_of_labels
@@ -34,6 +34,7 @@ def write_features(folder, name, turn):
     text = np.zeros((2 * NUM_CLIPS, 2 * NUM_CLIPS), np.float32)
     text[::2, :NUM_CLIPS], text[1::2, NUM_CLIPS:] = np.eye(NUM_CLIPS), np.eye(NUM_CLIPS)
     audio = np.roll(np.eye(NUM_CLIPS, 2 * NUM_CLIPS, dtype=np.float32), turn, axis=1)[:, None]
+    tensors = {"audio": audio, "text": text, OFFSETS: np.arange(0, 2 * NUM_CLIPS + 1, 2)}
     encoder = Encoder(model=name, weights_sha256=name, preprocessing={})
     header = FeatureHeader(
         shard=index.shard_name,
@@ -42,9 +43,8 @@ def write_features(folder, name, turn):
         dtype="fp32",
         encoders={"audio": encoder, "text": encoder},
         missing={},
-        content_sha256="",
+        content_sha256=content_sha256(sorted(tensors.items())),
     )
-    tensors = {"audio": audio, "text": text, OFFSETS: np.arange(0, 2 * NUM_CLIPS + 1, 2)}
     save_file(tensors, folder / f"00000.{name}.safetensors", header.to_metadata())
 
 
