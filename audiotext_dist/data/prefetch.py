@@ -152,19 +152,21 @@ class _Thread(threading.Thread):
 
     def _fetch_from(self, step: int, say: Callable[[Iterable[str]], None]) -> None:
         """Fetch what is missing, until there is a newer step to begin with."""
-        wanted = self._within_budget(step)
-        if wanted != list(self._wanted):
-            say(file.path for file in wanted)
+        shard_of = self._within_budget(step)
+        if list(shard_of) != list(self._wanted):
+            say(file.path for file in shard_of)
         # What was driven out again is not fetched twice: where the cache is too small that would never end.
-        self._wanted = {file: self._wanted.get(file, False) for file in wanted}
+        self._wanted = {file: self._wanted.get(file, False) for file in shard_of}
         for file, is_done in self._wanted.items():
             if self._step is not None or self._is_over:
                 return
             if not is_done:
+                self._open_index(shard_of[file])
                 self._wanted[file] = self._fetch(file)
 
-    def _within_budget(self, step: int) -> list[RemoteFile]:
-        wanted: list[RemoteFile] = []
+    def _within_budget(self, step: int) -> dict[RemoteFile, Shard]:
+        """The files that come next, each with the shard that it is read with."""
+        wanted: dict[RemoteFile, Shard] = {}
         seen: set[int] = set()
         num_bytes = 0
         for shard in self._upcoming(step):
@@ -175,7 +177,7 @@ class _Thread(threading.Thread):
             num_bytes += sum(file.num_bytes for file in files)
             if num_bytes > self._max_bytes:
                 break
-            wanted += files
+            wanted |= dict.fromkeys(files, self._shards[shard])
             if len(seen) == len(self._shards):  # the whole set: all that follow are repetitions
                 break
         return wanted
@@ -185,6 +187,13 @@ class _Thread(threading.Thread):
         if storage.is_remote(shard.path):
             yield RemoteFile(shard.path, shard.num_bytes, shard.sha256)
         yield from self._beside(number)
+
+    @staticmethod
+    def _open_index(shard: Shard) -> None:
+        """A listed shard's index stays open in this process, so that whoever reads the shard finds it there."""
+        if storage.is_remote(shard.path):
+            with contextlib.suppress(UserError):  # whoever reads it asks again, and tells
+                _ = shard.index
 
     def _fetch(self, file: RemoteFile) -> bool:
         counts = ReadCounts()
