@@ -39,6 +39,7 @@ DEVELOPMENT = [
     "pytest-xdist",
     "hypothesis",
     "moto[server]",
+    "trustme",
     "ruff",
     "mypy",
     "import-linter",

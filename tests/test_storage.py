@@ -1,9 +1,15 @@
 """Paths, URLs and atomic writes."""
 
+import os
+import subprocess
+import sys
+
 import pytest
+import trustme
 
 from audiotext_dist import storage
 from audiotext_dist.errors import UserError
+from tests.web import web_server
 
 
 @pytest.fixture
@@ -57,3 +63,31 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path):
         fail()
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_web_server_is_believed_by_its_certificate_only(tmp_path):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "a.tar").write_bytes(b"12345")
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "authority.pem"))
+    code = (
+        "import sys; from audiotext_dist import errors, storage; "
+        "errors.run_for_people(lambda: print(len(storage.read_bytes(sys.argv[1]))))"
+    )
+
+    def read(address, **environment):
+        # Another process, since Python reads the authorities once.
+        return subprocess.run(
+            [sys.executable, "-c", code, f"{address}/a.tar"],
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    with web_server(tmp_path / "site", authority.issue_cert("127.0.0.1")) as address:
+        known, unknown = read(address, SSL_CERT_FILE=str(tmp_path / "authority.pem")), read(address)
+    assert known.stdout == "5\n", known.stderr
+    assert (unknown.returncode, unknown.stdout) == (2, "")
+    assert unknown.stderr.startswith(f"error: cannot read {address}/a.tar ([SSL: CERTIFICATE_VERIFY_FAILED]")
+    assert unknown.stderr.count("\n") == 1
