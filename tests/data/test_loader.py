@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from audiotext_dist.data.decode import clip_uniforms
 from audiotext_dist.data.index import index_path
@@ -94,39 +96,45 @@ def mixed(shards: str, tmp_path: Path) -> DataConfig:
     return dataclasses.replace(config(shards), train=sets)
 
 
+def read_on_ranks(data, steps, size, num_workers):
+    """Keys, captions and sounds of the global batches of these steps."""
+    ranks = [
+        iterate(training_batches(data, World(rank=rank, size=size)), steps, num_workers=num_workers, device=CPU)
+        for rank in range(size)
+    ]
+    return [
+        (
+            [key for part in parts for key in part.keys],
+            [caption for part in parts for caption in part.captions],
+            torch.cat([part.waveform_BS for part in parts]),
+        )
+        for parts in zip(*ranks, strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def two_epochs(shards, tmp_path_factory):
+    """A mixture, and its global batches as one process without workers reads them: 7 of 8 in each epoch of 57 clips."""
+    data = mixed(shards, tmp_path_factory.mktemp("mixed"))
+    whole = read_on_ranks(data, range(14), 1, 0)
+    assert [keys for keys, *_ in whole[:7]] != [keys for keys, *_ in whole[7:]]
+    return data, whole
+
+
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize(
-    ("stopped_at", "size_before", "workers_before", "size_after", "workers_after"),
-    [(0, 1, 0, 4, 1), (3, 1, 2, 2, 0), (6, 4, 0, 2, 3), (7, 2, 1, 1, 4), (13, 4, 1, 1, 0)],
+@settings(deadline=None, max_examples=6)
+@given(
+    stopped_at=st.integers(0, 14),
+    before=st.tuples(st.sampled_from([1, 2, 4]), st.integers(0, 4)),
+    after=st.tuples(st.sampled_from([1, 2, 4]), st.integers(0, 4)),
 )
-def test_a_run_goes_on_from_any_batch_on_other_ranks_and_workers(
-    shards, tmp_path, stopped_at, size_before, workers_before, size_after, workers_after
-):
-    data = mixed(shards, tmp_path)
-
-    def read(steps, size, num_workers):
-        ranks = [
-            iterate(training_batches(data, World(rank=rank, size=size)), steps, num_workers=num_workers, device=CPU)
-            for rank in range(size)
-        ]
-        return [
-            (
-                [key for part in parts for key in part.keys],
-                [caption for part in parts for caption in part.captions],
-                torch.cat([part.waveform_BS for part in parts]),
-            )
-            for parts in zip(*ranks, strict=True)
-        ]
-
-    # An epoch of 57 clips has 7 batches of 8; the run is stopped before, at and after its end.
-    whole = read(range(14), 1, 0)
-    stopped = read(range(stopped_at), size_before, workers_before)
-    found = stopped + read(range(stopped_at, 14), size_after, workers_after)
+def test_a_run_goes_on_from_any_batch_on_other_ranks_and_workers(two_epochs, stopped_at, before, after):
+    data, whole = two_epochs
+    found = read_on_ranks(data, range(stopped_at), *before) + read_on_ranks(data, range(stopped_at, 14), *after)
     assert len(found) == 14
     for (keys, captions, waveforms), (other_keys, other_captions, other_waveforms) in zip(found, whole, strict=True):
         assert (keys, captions) == (other_keys, other_captions)
         assert torch.equal(waveforms, other_waveforms)
-    assert [keys for keys, *_ in whole[:7]] != [keys for keys, *_ in whole[7:]]
 
 
 def test_random_choices_change_from_epoch_to_epoch(shards):
