@@ -15,7 +15,7 @@ are drawn from the seed, the step and the rank, so they need no file.
 
 A checkpoint is written as ``.step-...partial``, given its manifest, and only then renamed. Loading goes
 through the checkpoints from the newest, and takes the first that every rank finds whole; damaged newer ones
-are removed by the run that goes on from it.
+are set aside as ``.step-...damaged`` by the run that goes on from it.
 """
 
 from __future__ import annotations
@@ -195,11 +195,17 @@ def load(engine: Engine, model: nn.Module, checkpoint: Path, start: Progress) ->
     return progress
 
 
-def remove_newer(checkpoint: Path) -> None:
-    """Remove the checkpoints after this one, which were found damaged; else they would outlive whole ones."""
+def set_aside_newer(checkpoint: Path) -> None:
+    """Hide the checkpoints after this one, which were found damaged; else they would outlive whole ones.
+
+    They are not removed: a disk that could not be read for a moment makes a whole one look damaged.
+    """
     for other in checkpoint.parent.glob("step-*"):
         if other.name > checkpoint.name:
-            shutil.rmtree(other)
+            hidden = other.with_name(f".{other.name}.damaged")
+            shutil.rmtree(hidden, ignore_errors=True)
+            other.rename(hidden)
+            _log.warning("%s is set aside as %s: remove it when it is of no use to you", other, hidden.name)
 
 
 def read_progress(checkpoint: Path) -> Progress:

@@ -145,7 +145,7 @@ def resume(
         return start
     progress = checkpoint.load(engine, model, newest, start)
     if world.is_main:
-        checkpoint.remove_newer(newest)
+        checkpoint.set_aside_newer(newest)
         _log.info("resumed from %s: step %d, epoch %d", newest, progress.step, progress.epoch + 1)
         if progress.world_size != world.size:
             _log.info("%d processes go on where %d stopped", world.size, progress.world_size)

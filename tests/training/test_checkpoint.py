@@ -89,7 +89,8 @@ def test_damaged_newer_ones_do_not_outlive_the_checkpoints_of_the_run_that_goes_
     save(tmp_path, 3, 4, 5)
     for step in (4, 5):
         (tmp_path / "checkpoints" / f"step-0000000{step}" / "model.safetensors").write_bytes(b"")
-    checkpoint.remove_newer(checkpoint.find_newest_whole(tmp_path, World()))
+    checkpoint.set_aside_newer(checkpoint.find_newest_whole(tmp_path, World()))
+    assert (tmp_path / "checkpoints" / ".step-00000005.damaged" / "optimizer.safetensors").is_file()
     save(tmp_path, 4, keep_last=1)
     assert newest(tmp_path) == "step-00000004"
 
