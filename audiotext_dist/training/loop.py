@@ -33,6 +33,7 @@ from audiotext_dist.training.meter import Meter
 from audiotext_dist.training.optim import build_optimizer, named_learning_rates, schedule, set_learning_rates
 from audiotext_dist.training.preemption import EXIT_PREEMPTED, StopRequest
 from audiotext_dist.training.prepare import Prepared
+from audiotext_dist.training.running_statistics import average_running_statistics
 from audiotext_dist.training.saving import Saver, resume
 from audiotext_dist.training.step import StepResult, check_finite_weights, seed_step, train_step
 from audiotext_dist.training.step_log import progress_line, step_metrics
@@ -251,6 +252,7 @@ class _Run:
         if self._saved_step == self._step:
             return True
         check_finite_weights(self._prepared.model, self._step)
+        average_running_statistics(self._prepared.model)
         epoch, batch = divmod(self._step, self._steps_an_epoch)
         progress = dataclasses.replace(
             self._start,
@@ -271,6 +273,7 @@ class _Run:
         if self._evaluated_step == self._step:
             return self._results
         self._evaluated_step = self._step
+        average_running_statistics(self._prepared.model)
         with self._engine.averaged_weights() if self._recipe.evaluation.ema else contextlib.nullcontext():
             self._results = self._prepared.evaluate()
         if self._results:

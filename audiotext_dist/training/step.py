@@ -28,6 +28,7 @@ from audiotext_dist.losses.targets import recording_ids
 from audiotext_dist.models.dual_encoder import DualEncoder, ModelInputs
 from audiotext_dist.training.engine import Engine
 from audiotext_dist.training.health import MEND_OF_DIVERGENCE, HealthWatch, Sickness
+from audiotext_dist.training.running_statistics import RunningStatistics
 
 # Two sides, scale and bias of the scores -> the loss.
 LossOf = Callable[[Tensor, Tensor, Tensor, Tensor | None], LossOutput]
@@ -85,7 +86,7 @@ def train_step(
 
 def update(engine: Engine, model: DualEncoder, inputs: ModelInputs, loss_of: LossOf, health: HealthWatch) -> StepResult:
     """The step itself, on what the towers read and for any loss of their two sides."""
-    num_micro_batches = engine.num_micro_batches
+    num_micro_batches, statistics = engine.num_micro_batches, RunningStatistics(model)
     if num_micro_batches == 1:
         a_nD, b_nD = engine(inputs)
         output = loss_of(a_nD, b_nD, model.scale(), model.logit_bias)
@@ -94,12 +95,13 @@ def update(engine: Engine, model: DualEncoder, inputs: ModelInputs, loss_of: Los
             engine.backward(output.loss)
             return engine.step()
 
-        return _finish(engine, output, model, health, move)
+        return _finish(engine, output, model, health, statistics, move)
     micro_batches, random_states, embeddings = _split(inputs, num_micro_batches), [], []
     with torch.no_grad():
         for micro_batch in micro_batches:
             random_states.append(_RandomState.now(model.logit_scale.device))
             embeddings.append(model(micro_batch))
+    statistics.restore()
     leaves = [torch.cat(side).requires_grad_() for side in zip(*embeddings, strict=True)]
     scalars = [value.detach().requires_grad_() for value in _scalars(model)]
     output = loss_of(leaves[0], leaves[1], scalars[0], scalars[1] if len(scalars) > 1 else None)
@@ -117,11 +119,16 @@ def update(engine: Engine, model: DualEncoder, inputs: ModelInputs, loss_of: Los
             gradient_norm = engine.step()
         return gradient_norm
 
-    return _finish(engine, output, model, health, move_by_parts)
+    return _finish(engine, output, model, health, statistics, move_by_parts)
 
 
 def _finish(
-    engine: Engine, output: LossOutput, model: DualEncoder, health: HealthWatch, move: Callable[[], float]
+    engine: Engine,
+    output: LossOutput,
+    model: DualEncoder,
+    health: HealthWatch,
+    statistics: RunningStatistics,
+    move: Callable[[], float],
 ) -> StepResult:
     """Agree on the loss, then move the weights unless the step is sick; ``move`` returns the gradient's norm."""
     means = mean_over_ranks(torch.stack([output.loss.detach(), *output.figures.values()])).tolist()
@@ -131,6 +138,8 @@ def _finish(
         gradient_norm = move()
         if not math.isfinite(gradient_norm):
             sickness = "overflow" if loss_scale is not None and loss_scale.can_fall else "gradient"
+    if health.is_skipped(sickness):
+        statistics.restore()
     return StepResult(
         loss=loss,
         figures=figures,
