@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +21,18 @@ from audiotext_dist.errors import UserError, run_for_people
 from audiotext_dist.models.dual_encoder import DualEncoder, build_model, unit_length
 from audiotext_dist.training.recipe import Recipe, read_run_recipe
 from audiotext_dist.training.weights import load_model
+from shards.sources.soundscape.media import read_script
 
 HELP = """Draw the frames of some clips with their cosine to the clip's sound; the nearest has a frame around it.
 
     python launch/frames.py run=runs/NAME out=frames.png
     python launch/frames.py run=runs/NAME out=frames.png clips=12 data.validation.mine.shards=FOLDER
+    python launch/frames.py run=runs/NAME out=frames.png world=corpus/media-test
 
 Of an audio-image run; the first clips of its first validation set. Under Multiframe Match each frame has the cosine to
-its own part of the sound. Other keys are the recipe's:
+its own part of the sound. world= names the media folder of an embedded corpus, which knows what its pictures show: the
+shares of the set's clips whose nearest frame shows an event of the clip, its background, or something else are printed,
+too. Other keys are the recipe's:
 """
 DEFAULT_NUM_CLIPS = 8
 
@@ -38,7 +43,7 @@ def main() -> None:
     if not words or {"-h", "--help"} & set(words):
         print(HELP + configuration.describe(Recipe))
         return
-    own = dict(word.split("=", 1) for word in words if word.startswith(("run=", "out=", "clips=")))
+    own = dict(word.split("=", 1) for word in words if word.startswith(("run=", "out=", "clips=", "world=")))
     if not {"run", "out"} <= own.keys():
         raise UserError("give run=FOLDER and out=FILE.png")
     num_clips = own.get("clips", str(DEFAULT_NUM_CLIPS))
@@ -51,20 +56,42 @@ def main() -> None:
     logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(message)s", force=True)
     model = build_model(recipe.model.without_weights(), recipe.task, recipe.data.sample_rate_hz)
     load_model(model, own["run"])
-    batch = _first_clips(recipe, model, int(num_clips))
-    cosine_BL = frame_cosines(model.eval(), batch)
+    batches = _clips(recipe, model.eval(), int(num_clips))
+    batch = batches[0]
+    cosine_BL = frame_cosines(model, batch)
     draw_frames(batch, cosine_BL, Path(own["out"]))
     chosen = np.bincount(cosine_BL.argmax(axis=1), minlength=cosine_BL.shape[1])
     print(
         f"{own['out']}: {len(batch.keys)} clips, nearest frame {', '.join(f'{n}: {c}' for n, c in enumerate(chosen))}"
     )
+    if "world" in own:
+        for kind, (share, among_all) in nearest_kinds(model, batches, own["world"]).items():
+            print(
+                f"nearest frame shows {kind}: {100 * share:.1f} % of the clips ({100 * among_all:.1f} % of all frames)"
+            )
 
 
-def _first_clips(recipe: Recipe, model: DualEncoder, num_clips: int) -> Batch:
+def _clips(recipe: Recipe, model: DualEncoder, batch_size: int) -> EvaluationBatches:
     name, chosen = next(iter(recipe.data.validation.items()))
     (shards,) = open_sets({name: chosen}, recipe.data, frames=True, captions=False)
     decode = recipe.data.decode_config(frames="all", frame_pixels=model.frame_pixels, random=False)
-    return EvaluationBatches(shards, decode, world=World(), batch_size=num_clips, cache=recipe.data.node_cache())[0]
+    return EvaluationBatches(shards, decode, world=World(), batch_size=batch_size, cache=recipe.data.node_cache())
+
+
+def nearest_kinds(model: DualEncoder, batches: EvaluationBatches, media: str) -> dict[str, tuple[float, float]]:
+    """What a clip's nearest frame shows: kind -> its share of the clips, and beside it its share of all frames.
+
+    Args:
+        media: the folder of the embedded corpus that made the clips; it has a frame for each quarter.
+    """
+    nearest, among_all = Counter[str](), Counter[str]()
+    for number in range(len(batches)):
+        batch = batches[number]
+        for metadata, chosen in zip(batch.metadata, frame_cosines(model, batch).argmax(axis=1), strict=True):
+            kinds = read_script(media, metadata.name or "").kinds_shown()
+            nearest[kinds[chosen]] += 1
+            among_all.update(kinds)
+    return {kind: (nearest[kind] / nearest.total(), among_all[kind] / among_all.total()) for kind in sorted(among_all)}
 
 
 @torch.no_grad()

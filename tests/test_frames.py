@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from audiotext_dist.training.step import train_step
 from audiotext_dist.training.tracker import read_metrics
 from audiotext_dist.training.weights import read_weights
 from launch import evaluate, frames
+from shards.sources.soundscape import SoundscapeConfig, records, script
 from tests.clips import SAMPLE_RATE_HZ, make_sample, write_shards
 from tests.losses.small_model import AveragingEngine, gradients, watch
 from tests.ranks import run_command_on_ranks
@@ -218,3 +220,19 @@ def test_a_multiframe_run_goes_on_to_captions_and_shows_its_frames(shards, tmp_p
     for name, tensor in whole.model.audio.state_dict().items():
         assert torch.equal(tensor, weights[f"audio.{name}"]), name
     assert not np.isnan(one_step(whole)[0].loss)
+
+
+def test_what_the_nearest_frames_show_is_counted_by_kind(tmp_path, monkeypatch):
+    config = SoundscapeConfig(media=str(tmp_path), num_clips=3)
+    assert len(list(records(config, 1))) == 3
+    plans = [script(config, number) for number in range(3)]
+    batches = [SimpleNamespace(metadata=[SimpleNamespace(name=plan.name)]) for plan in plans]
+    chosen = iter([0, 2, 3])
+    monkeypatch.setattr(frames, "frame_cosines", lambda _model, _batch: np.eye(4)[[next(chosen)]])
+    found = frames.nearest_kinds(None, batches, str(tmp_path))
+    shown = [plan.kinds_shown() for plan in plans]
+    nearest = [shown[0][0], shown[1][2], shown[2][3]]
+    assert found == {
+        kind: (nearest.count(kind) / 3, sum(kinds.count(kind) for kinds in shown) / 12)
+        for kind in sorted({kind for kinds in shown for kind in kinds})
+    }

@@ -13,6 +13,7 @@ import pytest
 from audiotext_dist.errors import UserError
 from shards.sources.soundscape import SoundscapeConfig, records, script
 from shards.sources.soundscape.captions import EVENTS
+from shards.sources.soundscape.media import read_script
 from shards.sources.soundscape.pictures import render_pictures
 from shards.sources.soundscape.sounds import EVENT_RMS, EVENT_SOUNDS, Take, render_audio
 from shards.sources.soundscape.world import random_state
@@ -156,3 +157,31 @@ class TestMedia:
     def test_a_folder_of_another_configuration_is_refused(self, folder: Path) -> None:
         with pytest.raises(UserError, match="give another media folder"):
             next(records(config_in(folder, temporal_disagreement=0.5), num_workers=1))
+
+
+class TestScript:
+    def test_a_media_folder_knows_the_plan_of_each_clip(self, folder: Path) -> None:
+        for number in range(3):
+            plan = script(config_in(folder), number)
+            assert read_script(str(folder), plan.name) == plan
+
+    @pytest.mark.parametrize("name", ["soundscape-test-000001", "soundscape-train-1", "soundscape-train-x", "other"])
+    def test_a_clip_of_another_set_is_refused(self, folder: Path, name: str) -> None:
+        with pytest.raises(UserError, match=f"does not hold clip {name}"):
+            read_script(str(folder), name)
+
+    def test_a_folder_without_a_soundscape_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match="holds no soundscape of this version"):
+            read_script(str(tmp_path), "soundscape-train-000001")
+
+    def test_what_is_shown_is_an_event_the_background_or_a_distractor(self) -> None:
+        config = SoundscapeConfig(media="unused")
+        met = set()
+        for plan in (script(config, number) for number in range(50)):
+            for quarter, (shown, kind) in enumerate(zip(plan.shown, plan.kinds_shown(), strict=True)):
+                met.add(kind)
+                if any(quarter in sound.quarters for sound in plan.sounds):
+                    assert kind == "event"
+                else:
+                    assert kind == ("background" if shown is None else "distractor")
+        assert met == {"event", "background", "distractor"}

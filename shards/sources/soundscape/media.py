@@ -83,6 +83,26 @@ def encode(audio: NDArray[np.int16], pictures: NDArray[np.uint8], sample_rate_hz
     return file.getvalue()
 
 
+def read_script(media: str, name: str) -> ClipScript:
+    """The plan of the clip of this name, of which a folder holds the media.
+
+    Raises:
+        UserError: the folder holds no soundscape of this version, or not that clip's split.
+    """
+    mark = storage.join(media, CONFIGURATION_FILE)
+    try:
+        found = json.loads(storage.read_bytes(mark))
+    except (FileNotFoundError, ValueError):
+        found = {}
+    if found.pop("world_version", None) != WORLD_VERSION:
+        raise UserError(f"{media} holds no soundscape of this version: give a media= folder of python -m shards.build")
+    number = name.rpartition("-")[2]
+    plan = script(SoundscapeConfig(media=media, **found), int(number)) if number.isdecimal() else None
+    if plan is None or plan.name != name:
+        raise UserError(f"{media} does not hold clip {name}: give the media folder of its set")
+    return plan
+
+
 def _claim_folder(config: SoundscapeConfig) -> None:
     """Note in the folder which media it holds; num_clips and num_captions do not change a file."""
     ours = {

@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import Literal
 
 from audiotext_dist import storage
 from audiotext_dist.errors import UserError
@@ -90,6 +91,13 @@ class ClipScript:
     background: str
     shown: tuple[str | None, ...]
     captions: tuple[Caption, ...]
+
+    def kinds_shown(self) -> tuple[Literal["event", "background", "distractor"], ...]:
+        """For each quarter, what its pictures show: an event of the clip, its background, or what is not heard."""
+        heard = {sound.event for sound in self.sounds}
+        return tuple(
+            "background" if shown is None else "event" if shown in heard else "distractor" for shown in self.shown
+        )
 
     def facts(self) -> list[Meaning]:
         """All that is true of the clip: a fully stated meaning for each sounding, the main event's first."""
