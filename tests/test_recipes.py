@@ -1,5 +1,7 @@
 """The recipes of the papers say what the papers say."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,3 +67,16 @@ def test_rows_of_temporal_agreement_are_those_of_its_table_1(row, match, from_ep
         assert (recipe.loss.pair_weight, recipe.loss.direction) == (2, "both")
     assert image.model.image.frozen
     assert text.model.text.frozen
+
+
+def test_a_recipe_is_read_without_the_libraries_that_take_seconds_to_import():
+    slow = {"deepspeed", "open_clip", "timm", "torchvision", "transformers", "wandb"}
+    code = f"""
+import sys
+from audiotext_dist.training.recipe import read_recipe
+import launch.pretrain
+read_recipe(["recipe=launch/recipes/examples/av_overfit.yaml"])
+print(*sorted({slow} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""

@@ -14,10 +14,9 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -28,6 +27,9 @@ from audiotext_dist.models.frontends import Fbank, FbankConfig
 from audiotext_dist.models.mobilenet import MobileNetConfig
 from audiotext_dist.models.passt import PasstConfig
 from audiotext_dist.models.windows import Windows
+
+if TYPE_CHECKING:
+    from open_clip.transformer import VisionTransformer
 
 Kind = Literal["clip", "passt", "mobilenet", "atst", "transformers"]
 
@@ -205,6 +207,8 @@ def audio_transformer_from(visual: nn.Module, config: AudioTowerConfig) -> Visio
     Raises:
         UserError: the tower is no plain vision transformer, or its patch is larger than the FBANK.
     """
+    from open_clip.transformer import VisionTransformer
+
     if not isinstance(visual, VisionTransformer):
         raise UserError(
             f"the audio tower needs a CLIP vision transformer, not a {type(visual).__name__}: "

@@ -1,4 +1,8 @@
-"""open_clip models by name, with errors for people. Our own small configurations lie in ``configs/``."""
+"""open_clip models by name, with errors for people. Our own small configurations lie in ``configs/``.
+
+open_clip, timm and transformers take seconds to import, so each is imported where a model is made: a recipe is read
+and --help is told without them.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,6 @@ from pathlib import Path
 from pickle import UnpicklingError  # what torch.load raises for a file that is not weights alone
 from typing import Any
 
-import open_clip
 from safetensors import SafetensorError
 from torch import nn
 
@@ -34,6 +37,8 @@ def clip_settings(name: str) -> dict[str, Any]:
     Raises:
         UserError: unknown name, or a captioning (CoCa) model.
     """
+    import open_clip
+
     _register_own_configs()
     settings = open_clip.get_model_config(name) if name in open_clip.list_models() else None
     if settings is None:
@@ -57,6 +62,8 @@ def create_clip(name: str, pretrained: str | None) -> nn.Module:
     Raises:
         UserError: unknown name, tag or file, weights that do not fit, or a download that fails.
     """
+    import open_clip
+
     settings = clip_settings(name)
     if pretrained is not None:
         _check_pretrained(name, settings, pretrained)
@@ -78,6 +85,8 @@ def create_clip(name: str, pretrained: str | None) -> nn.Module:
 
 
 def _check_pretrained(name: str, settings: dict[str, Any], pretrained: str) -> None:
+    import open_clip
+
     if open_clip.is_pretrained_cfg(name, pretrained):
         tag_settings = open_clip.get_pretrained_cfg(name, pretrained)
         # open_clip only warns, and the tower is then silently a worse one.
@@ -95,4 +104,6 @@ def _check_pretrained(name: str, settings: dict[str, Any], pretrained: str) -> N
 
 @functools.cache
 def _register_own_configs() -> None:
+    import open_clip
+
     open_clip.add_model_config(CONFIG_FOLDER)

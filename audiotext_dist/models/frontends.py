@@ -1,14 +1,13 @@
-"""Raw batches to tower inputs, on the device that holds them: waveforms to FBANK or log-mel, frames to pixels.
+"""Raw batches of sound to what towers read, on the device that holds them: waveforms to FBANK or log-mel.
 
 Everything here is float32, under autocast too: a log of small energies does not survive fewer bits.
 
-Shapes: N clips or frames of a batch, S samples, T spectrogram frames, W samples of one, K frequencies of its
-spectrum, F mel bins, H and W also height and width of a picture.
+Shapes: N clips of a batch, S samples, T spectrogram frames, W samples of one, K frequencies of its spectrum, F mel
+bins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchaudio.compliance.kaldi import get_mel_banks
 from torchaudio.functional import resample
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2.functional import center_crop, resize
 
 from audiotext_dist.errors import UserError, require_positive
 
@@ -279,24 +276,3 @@ def span_mask(width_uniform_N: Tensor, start_uniform_N: Tensor, max_width: int, 
     start_N = (start_uniform_N * (size - width_N + 1)).long()
     position = torch.arange(size, device=width_uniform_N.device)
     return (position >= start_N[:, None]) & (position < (start_N + width_N)[:, None])
-
-
-class ImageTransform(nn.Module):
-    """CLIP's evaluation transform in batches: shorter side to ``size`` (bicubic), centre crop, normalise."""
-
-    mean_3: Tensor
-    std_3: Tensor
-
-    def __init__(self, size: int, mean: Sequence[float], std: Sequence[float]) -> None:
-        super().__init__()
-        self.size = size
-        self.register_buffer("mean_3", torch.tensor(mean), persistent=False)
-        self.register_buffer("std_3", torch.tensor(std), persistent=False)
-
-    def forward(self, frames_NHWC: Tensor) -> Tensor:
-        """uint8 RGB [N, H, W, 3] -> float32 [N, 3, size, size]."""
-        assert frames_NHWC.dtype == torch.uint8, "the resize clamps and rounds only for uint8"
-        frames_NCHW = frames_NHWC.permute(0, 3, 1, 2)
-        frames_NCHW = resize(frames_NCHW, [self.size], InterpolationMode.BICUBIC, antialias=True)
-        pixels_NCHW: Tensor = center_crop(frames_NCHW, [self.size, self.size]).float() / 255.0
-        return (pixels_NCHW - self.mean_3[:, None, None]) / self.std_3[:, None, None]

@@ -7,14 +7,16 @@ import logging
 import os
 import textwrap
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from audiotext_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 # The library's names for the same two things: dropout of hidden states, dropout of attention.
 _DROPOUT_KEYS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout")
@@ -43,6 +45,8 @@ def hub_config(key: str, name: str, dropout: float | None) -> PreTrainedConfig:
     Raises:
         UserError: it cannot be loaded.
     """
+    from transformers import AutoConfig
+
     with hub_errors(key, name):
         config: PreTrainedConfig = AutoConfig.from_pretrained(name)
     for each in _DROPOUT_KEYS:
@@ -60,6 +64,8 @@ def hub_model(key: str, auto: Any, config: PreTrainedConfig, pretrained: str | N
     Raises:
         UserError: the weights cannot be loaded, or lack some of the model's.
     """
+    from transformers import PreTrainedModel
+
     if pretrained is None:
         # A published configuration may say float16, which is how its weights are stored.
         made = auto.from_config(config, dtype=torch.float32) if hasattr(auto, "from_config") else auto(config)

@@ -13,7 +13,6 @@ from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer
 
 from audiotext_dist.errors import UserError, require_positive
 from audiotext_dist.models.hub import compute_activations_again, hub_config, hub_errors, hub_model
@@ -49,6 +48,8 @@ class HubTextTower(nn.Module):
     """
 
     def __init__(self, config: HubTextConfig, name: str, pretrained: str | None, *, frozen: bool) -> None:
+        from transformers import AutoModel, AutoTokenizer
+
         super().__init__()
         self.config = config
         self.frozen = frozen

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
+import torch
 from torch import Tensor, nn
 
 from audiotext_dist.errors import UserError
 from audiotext_dist.models.clip import clip_settings, create_clip
-from audiotext_dist.models.frontends import ImageTransform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,3 +68,27 @@ def _transform_of(visual: nn.Module, name: str) -> ImageTransform:
             f"{height}x{width}: choose one with CLIP's square, bicubic, centre-cropped pictures"
         )
     return ImageTransform(height, settings["mean"], settings["std"])
+
+
+class ImageTransform(nn.Module):
+    """CLIP's evaluation transform in batches: shorter side to ``size`` (bicubic), centre crop, normalise."""
+
+    mean_3: Tensor
+    std_3: Tensor
+
+    def __init__(self, size: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.size = size
+        self.register_buffer("mean_3", torch.tensor(mean), persistent=False)
+        self.register_buffer("std_3", torch.tensor(std), persistent=False)
+
+    def forward(self, frames_NHWC: Tensor) -> Tensor:
+        """uint8 RGB [N, H, W, 3] -> float32 [N, 3, size, size]."""
+        from torchvision.transforms import InterpolationMode
+        from torchvision.transforms.v2.functional import center_crop, resize
+
+        assert frames_NHWC.dtype == torch.uint8, "the resize clamps and rounds only for uint8"
+        frames_NCHW = frames_NHWC.permute(0, 3, 1, 2)
+        frames_NCHW = resize(frames_NCHW, [self.size], InterpolationMode.BICUBIC, antialias=True)
+        pixels_NCHW: Tensor = center_crop(frames_NCHW, [self.size, self.size]).float() / 255.0
+        return (pixels_NCHW - self.mean_3[:, None, None]) / self.std_3[:, None, None]

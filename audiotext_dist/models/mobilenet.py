@@ -12,11 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, Self
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torchvision.models.mobilenetv3 import InvertedResidual, InvertedResidualConfig
-from torchvision.ops.misc import Conv2dNormActivation
 
 from audiotext_dist.errors import require_positive
 from audiotext_dist.models.frontends import LogMel, LogMelConfig, resampled
@@ -66,6 +62,9 @@ class MobileNetTower(nn.Module):
     """
 
     def __init__(self, config: MobileNetConfig, sample_rate_hz: int) -> None:
+        from torchvision.models.mobilenetv3 import InvertedResidual, InvertedResidualConfig
+        from torchvision.ops.misc import Conv2dNormActivation
+
         super().__init__()
         self.config = config
         self.sample_rate_hz = sample_rate_hz
@@ -104,22 +103,8 @@ class MobileNetTower(nn.Module):
         waveform_NS = resampled(waveform_NS, self.sample_rate_hz, self.config.sample_rate_hz)
         band_uniforms_N2 = None if mask_uniforms_N4 is None else mask_uniforms_N4[:, :2]
         features_NCFT = self.features(self.log_mel(waveform_NS, band_uniforms_N2))
-        if self.features.training:
-            self._share_statistics()
         embedding_NC: Tensor = features_NCFT.mean(dim=(2, 3))
         return embedding_NC
-
-    @torch.no_grad()
-    def _share_statistics(self) -> None:
-        """The running statistics' means over all processes, which all evaluate and save the same ones."""
-        if not (dist.is_initialized() and dist.get_world_size() > 1):
-            return
-        buffers = [buffer for buffer in self.features.buffers() if buffer.is_floating_point()]
-        flat = torch.cat(buffers)
-        dist.all_reduce(flat)
-        means = torch.split(flat / dist.get_world_size(), [len(buffer) for buffer in buffers])
-        for buffer, mean in zip(buffers, means, strict=True):
-            buffer.copy_(mean)
 
 
 class SqueezeExcitation(nn.Module):

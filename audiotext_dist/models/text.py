@@ -6,7 +6,6 @@ import textwrap
 from dataclasses import dataclass, field
 from typing import Literal, Self
 
-import open_clip
 from torch import Tensor, nn
 
 from audiotext_dist.errors import UserError
@@ -40,6 +39,8 @@ class TextTower(nn.Module):
     """
 
     def __init__(self, config: TextTowerConfig) -> None:
+        import open_clip
+
         super().__init__()
         self.embed_dim: int = clip_settings(config.name)["embed_dim"]
         self.frozen = config.frozen

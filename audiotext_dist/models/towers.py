@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, TypeAlias
+
 from torch import nn
 
 from audiotext_dist.errors import UserError
 from audiotext_dist.models.atst import AtstTower
 from audiotext_dist.models.audio import AudioTower, AudioTowerConfig, create_audio_tower
-from audiotext_dist.models.hub_audio import HubAudioTower
 from audiotext_dist.models.hub_text import HubTextTower
 from audiotext_dist.models.mobilenet import MobileNetTower
 from audiotext_dist.models.passt import PasstTower
 from audiotext_dist.models.text import TextTower, TextTowerConfig
 from audiotext_dist.models.weights import Network, load_published
 
+if TYPE_CHECKING:
+    from audiotext_dist.models.hub_audio import HubAudioTower
+
 AnyTextTower = TextTower | HubTextTower
-AnyAudioTower = AudioTower | PasstTower | MobileNetTower | AtstTower | HubAudioTower
+AnyAudioTower: TypeAlias = "AudioTower | PasstTower | MobileNetTower | AtstTower | HubAudioTower"
 
 
 def build_audio_tower(config: AudioTowerConfig, sample_rate_hz: int) -> AnyAudioTower:
@@ -42,6 +46,8 @@ def build_audio_tower(config: AudioTowerConfig, sample_rate_hz: int) -> AnyAudio
             _load_pretrained(atst.transformer, "atst", config)
             return atst
         case "transformers":
+            from audiotext_dist.models.hub_audio import HubAudioTower
+
             return HubAudioTower(config.name, config.pretrained, sample_rate_hz)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -13,6 +12,8 @@ VIT_EPS = 1e-6
 
 def vit_blocks(depth: int, width: int, num_heads: int, *, qkv_bias: bool) -> nn.ModuleList:
     """Attention and an MLP four times as wide, each after its norm."""
+    from timm.models.vision_transformer import Block
+
     norm = partial(nn.LayerNorm, eps=VIT_EPS)
     return nn.ModuleList(
         Block(width, num_heads, qkv_bias=qkv_bias, norm_layer=norm)  # type: ignore[arg-type]

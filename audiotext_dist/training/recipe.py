@@ -27,7 +27,7 @@ from audiotext_dist.training.checkpoint_folder import RECIPE_FILE, weights_folde
 from audiotext_dist.training.engine_config import EngineConfig
 from audiotext_dist.training.optim import OptimConfig
 from audiotext_dist.training.saving import CheckpointConfig
-from audiotext_dist.training.tracker import TrackerConfig
+from audiotext_dist.training.tracker_config import TrackerConfig
 
 
 @dataclass(frozen=True, kw_only=True)

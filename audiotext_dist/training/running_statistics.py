@@ -39,5 +39,6 @@ def average_running_statistics(model: nn.Module) -> None:
 
 
 def _statistics_of(model: nn.Module) -> list[Tensor]:
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    # Not of those that are fixed: the mean of equal numbers may differ from them by its rounding.
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
     return [buffer for norm in norms for buffer in norm.buffers(recurse=False)]

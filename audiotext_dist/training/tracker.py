@@ -14,7 +14,6 @@ import os
 import shlex
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +21,7 @@ import psutil
 import wandb
 
 from audiotext_dist import configuration, storage
-from audiotext_dist.errors import require_positive
+from audiotext_dist.training.tracker_config import TrackerConfig
 
 METRICS_FILE = "metrics.jsonl"
 # So long after a run's end W&B gives up uploading: `wandb sync` can do the rest.
@@ -30,23 +29,6 @@ FINISH_SECONDS = 120.0
 # And so long after it was told something its service counts as hanging.
 ANSWER_SECONDS = FINISH_SECONDS + 60
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrackerConfig:
-    """Logging.
-
-    wandb: ``auto`` is online when logged in, else offline; ``disabled`` writes JSON lines only. every_steps: of which
-    one is logged; what concerns time and data is then over all of them.
-    """
-
-    wandb: Literal["auto", "offline", "disabled"] = "auto"
-    project: str = "audiotext-dist"
-    entity: str | None = None
-    every_steps: int = 10
-
-    def __post_init__(self) -> None:
-        require_positive(self, "tracker", "every_steps")
 
 
 class Tracker:

@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torchaudio.compliance import kaldi
 
 from audiotext_dist.errors import UserError
-from audiotext_dist.models.frontends import Fbank, FbankConfig, ImageTransform, LogMel, LogMelConfig, span_mask
+from audiotext_dist.models.frontends import Fbank, FbankConfig, LogMel, LogMelConfig, span_mask
+from audiotext_dist.models.image import ImageTransform
 
 REAL_DATA = Path(__file__).parents[3] / "shared" / "data"
 # Noise at full scale, the hardest case for float32: 1e-5 of log energies, which reach -16.
