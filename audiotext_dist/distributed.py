@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +14,8 @@ import torch.distributed as dist
 from audiotext_dist.errors import UserError
 
 Item = TypeVar("Item")
+# For what ranks agree on without waiting for their devices; None where the process group is itself on the CPU.
+_cpu_group: Any = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,14 @@ def is_parallel() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def open_cpu_group(timeout: timedelta) -> None:
+    """Give ``any_over_ranks`` and ``raise_together`` their way over the CPU; every rank calls it once, at the start."""
+    global _cpu_group
+    beside = is_parallel() and dist.get_backend() != "gloo"
+    # Without a timeout it would take torch's own half hour, whatever the process group has.
+    _cpu_group = dist.new_group(backend="gloo", timeout=timeout) if beside else None
+
+
 def barrier() -> None:
     """Wait for every rank."""
     if is_parallel():
@@ -93,7 +103,7 @@ def any_over_ranks(flag: bool) -> bool:
     if not is_parallel():
         return flag
     one = torch.tensor([flag], dtype=torch.int64)
-    dist.all_reduce(one, op=dist.ReduceOp.MAX, group=_cpu_group())
+    dist.all_reduce(one, op=dist.ReduceOp.MAX, group=_cpu_group)
     return bool(one.item())
 
 
@@ -108,11 +118,6 @@ def raise_together(error: UserError | None) -> None:
     elif any_over_ranks(error is not None):
         told = gather_items(None if error is None else str(error))
         raise UserError(next(message for message in told if message is not None))
-
-
-@lru_cache(maxsize=1)
-def _cpu_group() -> Any:
-    return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
 
 def from_main(item: Item | None) -> Item:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from audiotext_dist.distributed import World
+from audiotext_dist.distributed import World, open_cpu_group
 from audiotext_dist.training.ema import Ema
 from audiotext_dist.training.lars import LARS
 from audiotext_dist.training.loss_scale import LossScale
@@ -55,11 +55,10 @@ def start_process_group(world: World, timeout_seconds: float = 600.0) -> None:
             "MASTER_PORT": str(port),
         }
         os.environ.update(alone)
-    deepspeed.init_distributed(
-        dist_backend="nccl" if world.device.type == "cuda" else "gloo",
-        verbose=False,
-        timeout=timedelta(seconds=timeout_seconds),
-    )
+    timeout = timedelta(seconds=timeout_seconds)
+    backend = "nccl" if world.device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
+    open_cpu_group(timeout)
 
 
 def lost_contact(error: RuntimeError) -> bool:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from audiotext_dist import distributed
 from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError
 from audiotext_dist.models.dual_encoder import ModelInputs
@@ -20,6 +22,19 @@ from audiotext_dist.training.recipe import read_recipe
 from tests.clips import SAMPLE_RATE_HZ
 from tests.ranks import run_on_ranks
 from tests.training.runs import SMALL, write_training_set
+
+
+def timeout_of_the_side_group(rank: int) -> float:
+    os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    torch.distributed.get_backend = lambda: "nccl"  # type: ignore[assignment]  # in this process alone
+    start_process_group(World.from_environment(), timeout_seconds=77)
+    assert distributed.any_over_ranks(rank == 1)
+    side = distributed._cpu_group._get_backend(torch.device("cpu"))
+    return float(side.options._timeout.total_seconds())
+
+
+def test_what_ranks_agree_on_over_the_cpu_has_the_timeout_of_all_collectives() -> None:
+    assert run_on_ranks(timeout_of_the_side_group, 2) == [77, 77]
 
 
 def told(file: Path) -> dict[str, object]:
