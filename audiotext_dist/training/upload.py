@@ -7,6 +7,7 @@ warning, and the next checkpoint is tried as ever.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -15,7 +16,9 @@ import threading
 from pathlib import Path
 
 from audiotext_dist import storage
-from audiotext_dist.training.checkpoint_folder import BEST_FILE, MANIFEST
+from audiotext_dist.distributed import World
+from audiotext_dist.errors import UserError
+from audiotext_dist.training.checkpoint_folder import BEST_FILE, MANIFEST, is_whole
 
 _log = logging.getLogger(__name__)
 _STAGED = ".upload-"
@@ -101,31 +104,34 @@ def fetch_newest(target: str, folder: Path, newer_than: str) -> Path | None:
     one that was the best when that was copied.
 
     Raises:
-        UserError: the store cannot be read; starting anew would throw the run away.
+        UserError: the store cannot be read, or all it has is damaged; starting anew would throw the run away.
     """
-    for name in remote_names(target):
-        if name <= newer_than:
-            return None
+    newer = [name for name in remote_names(target) if name > newer_than]
+    finished = [name for name in newer if storage.exists(storage.join(target, f"{name}/{MANIFEST}"))]
+    for name in finished:
         if _fetch(target, folder, name):
             _fetch_best(target, folder, name)
             return folder / name
+    if finished and not newer_than:
+        raise UserError(f"none of the copies at {storage.public_name(target)} is whole")
     return None
 
 
 def _fetch(target: str, folder: Path, name: str) -> bool:
-    """Bring one checkpoint; False where it is not whole."""
+    """Bring one checkpoint; False, with a warning, where it is not whole."""
     partial = folder / f".{name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    try:
+    # Not every ValueError: what a store refuses is one too, and must be told.
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, TypeError):
         content = storage.read_bytes(storage.join(target, f"{name}/{MANIFEST}"))
         for file in json.loads(content):
             storage.copy(storage.join(target, f"{name}/{file}"), str(partial / file))
-    # Not every ValueError: what a store refuses is one too, and must be told.
-    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        (partial / MANIFEST).write_bytes(content)
+    if not is_whole(partial, World()):
+        _log.warning("%s at %s is damaged: it is passed over", name, storage.public_name(target))
         shutil.rmtree(partial)
         return False
-    (partial / MANIFEST).write_bytes(content)
     shutil.rmtree(folder / name, ignore_errors=True)
     partial.rename(folder / name)
     return True

@@ -180,6 +180,32 @@ def test_copies_in_a_store_bring_a_run_back_on_an_empty_disk(
         saving.fetch(CheckpointConfig(**config), tmp_path / "third", World())  # type: ignore[arg-type]
 
 
+def test_a_damaged_copy_gives_way_to_the_one_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with server() as endpoint:
+        use(monkeypatch, endpoint)
+        store = fsspec.filesystem("s3")
+        store.mkdir("damaged")
+        config = CheckpointConfig(upload_to="s3://damaged/mine", keep_last=3)
+        saver = saver_of(tmp_path / "first", upload_to=config.upload_to, keep_last=3)
+        for step in (1, 2, 3):
+            assert saver.save(at(step))
+            saver.finish()
+        store.rm_file("damaged/mine/step-00000003/optimizer.safetensors")
+        model = store.cat_file("damaged/mine/step-00000002/model.safetensors")
+        store.pipe_file("damaged/mine/step-00000002/model.safetensors", bytes([*model[:-1], model[-1] ^ 1]))
+        fetched = saving.fetch(config, tmp_path / "second", World())
+        assert fetched == checkpoint.find_newest_whole(tmp_path / "second", World())
+        assert names(tmp_path / "second") == ["step-00000001"]
+        assert all(f"step-0000000{step} at s3://damaged/mine is damaged" in caplog.text for step in (3, 2))
+        # With none left a run would begin anew; with a whole one on the disk it goes on from that.
+        store.pipe_file("damaged/mine/step-00000001/manifest.json", b"7")
+        with pytest.raises(UserError, match=r"none of the copies at s3://damaged/mine is whole"):
+            saving.fetch(config, tmp_path / "third", World())
+        assert saving.fetch(config, tmp_path / "second", World()) is None
+
+
 def test_the_best_one_comes_back_from_a_store_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with server() as endpoint:
         use(monkeypatch, endpoint)
