@@ -82,7 +82,8 @@ class Uploader:
 
     def _copy(self, staged: Path, keep: set[str]) -> None:
         name = staged.name.removeprefix(_STAGED)
-        # Last what makes it whole.
+        # What makes it whole goes first where an earlier copy has this name, and comes last.
+        storage.remove(storage.join(self._target, f"{name}/{MANIFEST}"), missing_ok=True)
         for file in sorted(staged.iterdir(), key=lambda file: file.name == MANIFEST):
             storage.copy(str(file), storage.join(self._target, f"{name}/{file.name}"))
         for old in remote_names(self._target):

@@ -206,6 +206,26 @@ def test_a_damaged_copy_gives_way_to_the_one_before_it(
         assert saving.fetch(config, tmp_path / "second", World()) is None
 
 
+def test_a_copy_that_is_replaced_is_invisible_until_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse = False
+
+    def fault(request: Request) -> str | None:
+        return "403" if refuse and request.method == "PUT" and "model.safetensors" in request.path else None
+
+    with server() as endpoint, proxy(endpoint, fault) as address:  # type: ignore[arg-type]
+        use(monkeypatch, address)
+        fsspec.filesystem("s3").mkdir("replaced")
+        saver = saver_of(tmp_path, upload_to="s3://replaced/mine")
+        for refuse in (False, True):
+            assert saver.save(at(1))
+            saver.finish()
+        left = {name.rpartition("/")[2] for name in objects(endpoint, "replaced")}
+        assert "model.safetensors" in left
+        assert "manifest.json" not in left
+
+
 def test_the_best_one_comes_back_from_a_store_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with server() as endpoint:
         use(monkeypatch, endpoint)
