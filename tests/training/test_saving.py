@@ -218,9 +218,11 @@ def test_a_copy_that_is_replaced_is_invisible_until_it_is_whole(
         use(monkeypatch, address)
         fsspec.filesystem("s3").mkdir("replaced")
         saver = saver_of(tmp_path, upload_to="s3://replaced/mine")
-        for refuse in (False, True):
-            assert saver.save(at(1))
-            saver.finish()
+        assert saver.save(at(1))
+        saver.finish()
+        refuse = True
+        assert saver.save(at(1))
+        saver.finish()
         left = {name.rpartition("/")[2] for name in objects(endpoint, "replaced")}
         assert "model.safetensors" in left
         assert "manifest.json" not in left
