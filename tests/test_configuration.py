@@ -15,6 +15,28 @@ FRAMES = [*ENOUGH, "task=audio-image"]
 
 
 @pytest.mark.parametrize(
+    "key",
+    [
+        "data.train.own.shards",
+        "data.train.own.relevance",
+        "data.validation.own.features",
+        "data.teachers.clap",
+        "model.audio.pretrained",
+        "model.image.init",
+        "model.text.pretrained",
+        "engine.deepspeed_config",
+        "tracker.project",
+    ],
+)
+@pytest.mark.parametrize("url", ["s3://key:SECRET@host/a", "https://host/a?X-Signature=SECRET"])
+def test_no_url_of_a_recipe_holds_a_secret(key: str, url: str) -> None:
+    words = [*ENOUGH, "data.validation.own.shards=shards", f"{key}={url}"]
+    with pytest.raises(UserError, match=rf"{key}=(s3|https)://host/a is given with credentials.* environment") as met:
+        read_recipe(words)
+    assert "SECRET" not in str(met.value)
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         ([*ENOUGH, "optim.wieght_lr=1"], r"unknown key 'optim.wieght_lr'.*did you mean 'optim.weight_lr'\?"),
@@ -31,7 +53,6 @@ FRAMES = [*ENOUGH, "task=audio-image"]
         ([*ENOUGH, "optim.warmup_epochs=11"], r"longer than training.num_epochs"),
         ([*ENOUGH, "training.seed=-1"], r"training.seed=-1 must not be negative"),
         ([*ENOUGH, "model.max_logit_scale=0"], r"model.max_logit_scale=0.0 must be above 0"),
-        ([*ENOUGH, "data.train.own.shards=s3://key:secret@bucket/a"], r"^[^:]*s3://bucket/a is given with credentials"),
         ([*ENOUGH, "loss.pair_weight=0"], r"the loss has no term: set loss.pair_weight"),
         ([*ENOUGH, "loss.recording_weight=-1"], r"loss.recording_weight=-1.0 must be 0 or more"),
         ([*ENOUGH, "loss.tile_bytes=0"], r"loss.tile_bytes=0 must be above 0"),

@@ -42,10 +42,6 @@ class SetConfig:
     benchmark: Benchmark | None = None
     features: str | None = None
 
-    def __post_init__(self) -> None:
-        storage.check_no_credentials(self.shards)
-        storage.check_no_credentials(self.features or "")
-
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:

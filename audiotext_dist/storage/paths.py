@@ -29,12 +29,16 @@ def join(folder: str, name: str) -> str:
     return f"{folder.rstrip('/')}/{name}"
 
 
-def check_no_credentials(path: str) -> None:
-    """Raise ``UserError`` for a URL with a password or a signature: recipes are saved, and logged to W&B."""
+def check_no_credentials(path: str, key: str | None = None) -> None:
+    """Raise ``UserError`` for a URL with a password or a signature: recipes are saved, and logged to W&B.
+
+    key: of the recipe, to be named.
+    """
     if is_remote(path) and path != public_name(path):
+        named = public_name(path) if key is None else f"{key}={public_name(path)}"
         raise UserError(
-            f"{public_name(path)} is given with credentials in it: put them into the environment "
-            "(AWS_ACCESS_KEY_ID, FSSPEC_...) or the backend's own configuration file"
+            f"{named} is given with credentials in it (a password, or what follows a ?): put them into the environment "
+            "(AWS_ACCESS_KEY_ID, FSSPEC_...) or the backend's own configuration file; of a single file, give a copy"
         )
 
 

@@ -7,14 +7,14 @@ recipe as small changes to these defaults, and ``key=value`` words change it fur
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from audiotext_dist import configuration
+from audiotext_dist import configuration, storage
 from audiotext_dist.data.decode import FrameChoice
 from audiotext_dist.data.feature_files import check_feature_name
 from audiotext_dist.data.sets import DataConfig
@@ -121,6 +121,8 @@ class Recipe:
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
 
     def __post_init__(self) -> None:
+        for key, text in _texts(asdict(self)):
+            storage.check_no_credentials(text, key)
         if not self.data.train:
             raise UserError("no training data: give data.train.NAME.shards=FOLDER")
         self._check_features()
@@ -233,6 +235,18 @@ class Recipe:
                 f"training.micro_batch_size={micro} does not divide the {share} clips of each process: set it to "
                 f"{fitting}"
             )
+
+
+def _texts(level: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every string of nested dictionaries and lists, with its key in full."""
+    if isinstance(level, str):
+        yield key, level
+    elif isinstance(level, dict):
+        for name, value in level.items():
+            yield from _texts(value, f"{key}.{name}" if key else name)
+    elif isinstance(level, list | tuple):
+        for value in level:
+            yield from _texts(value, key)
 
 
 def read_recipe(words: Sequence[str]) -> Recipe:
