@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from audiotext_dist.distributed import World, open_cpu_group
+from audiotext_dist.errors import UserError
 from audiotext_dist.training.ema import Ema
 from audiotext_dist.training.lars import LARS
 from audiotext_dist.training.loss_scale import LossScale
@@ -83,6 +84,9 @@ class Engine:
         config: from ``engine_config.deepspeed_config``.
         loss_scale: to start with; None scales no loss.
         ema: follows every update; None where no average is wanted.
+
+    Raises:
+        UserError: DeepSpeed does not understand the config.
     """
 
     def __init__(
@@ -93,6 +97,7 @@ class Engine:
         loss_scale: LossScale | None = None,
         ema: Ema | None = None,
     ) -> None:
+        _check_understood(config)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -184,3 +189,12 @@ class Engine:
     def load_optimizer_state(self, state: dict[str, torch.Tensor]) -> None:
         """See ``OptimizerState.load``."""
         self._state.load(state)
+
+
+def _check_understood(config: dict[str, Any]) -> None:
+    try:
+        deepspeed.DeepSpeedConfig(config)
+    # Whatever comes: pydantic's errors, assertions, TypeErrors of what is no section.
+    except Exception as error:
+        reason = " ".join(str(error).split()).partition(" For further information")[0]
+        raise UserError(f"DeepSpeed does not understand its options ({reason}): mend engine.deepspeed_config") from None

@@ -54,7 +54,10 @@ _DECIDED_BY = {
     "train_micro_batch_size_per_gpu": "training.micro_batch_size",
     "gradient_accumulation_steps": "training.micro_batch_size",
     "zero_optimization.stage": "engine.zero_stage",
+    "zero_allow_untested_optimizer": "it to true, since DeepSpeed knows none of these optimizers",
 }
+# Checkpoints gather the optimizer's parts over ranks from the devices that train, where NCCL reaches them.
+_OFFLOAD = ("offload_optimizer", "offload_param", "cpu_offload", "cpu_offload_param")
 
 
 def deepspeed_config(
@@ -99,17 +102,23 @@ def _merge(own: dict[str, Any], given: dict[str, Any], prefix: str = "") -> list
     """Add what is given to ``own``, in place; returns a phrase for each key that contradicts it."""
     contradictions = []
     for key, value in given.items():
-        path = prefix + key
-        if isinstance(own.get(key), dict) and isinstance(value, dict):
-            contradictions += _merge(own[key], value, f"{path}.")
+        path, phrase = prefix + key, f"{prefix}{key}={json.dumps(value)} there"
+        if isinstance(own.get(key), dict) and value != "auto":
+            if isinstance(value, dict):
+                contradictions += _merge(own[key], value, f"{path}.")
+            else:
+                contradictions.append(f"{phrase} is no object, write {json.dumps(own[key])}")
+        elif prefix == "zero_optimization." and key in _OFFLOAD:
+            if value and not _is_off(value):
+                contradictions.append(f"{phrase} has no place here, checkpoints need the optimizer where it trains")
         elif path in _DECIDED_BY and value not in ("auto", own.get(key)) and not _is_off(value):
             says = f"is {json.dumps(own[key])}" if key in own else "has no place"
-            contradictions.append(f"{path}={json.dumps(value)} there {says} here, set {_DECIDED_BY[path]}")
+            contradictions.append(f"{phrase} {says} here, set {_DECIDED_BY[path]}")
         elif value != "auto" and path not in _DECIDED_BY:
             own[key] = value
     return contradictions
 
 
 def _is_off(section: Any) -> bool:
-    """A section such as ``"fp16": {"enabled": false}``, which asks for nothing."""
-    return isinstance(section, dict) and section.get("enabled") in (False, "auto")
+    """A section such as ``"fp16": {"enabled": false}`` or ``{"device": "none"}``, which asks for nothing."""
+    return isinstance(section, dict) and (section.get("enabled") in (False, "auto") or section.get("device") == "none")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,53 @@ def test_every_key_that_contradicts_the_recipe_is_named(tmp_path: Path) -> None:
     file.write_text("[not json")
     with pytest.raises(UserError, match="cannot be read as JSON"):
         told(file)
+
+
+@pytest.mark.parametrize(
+    ("given", "phrase"),
+    [
+        ({"zero_optimization": 2}, 'zero_optimization=2 there is no object, write {"stage": 1}'),
+        ({"zero_optimization": None}, "zero_optimization=null there is no object"),
+        ({"zero_allow_untested_optimizer": False}, "untested_optimizer=false there is true here, set it to true"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+            'offload_optimizer={"device": "cpu"} there has no place here, checkpoints need',
+        ),
+        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, "offload_param="),
+        ({"zero_optimization": {"cpu_offload": True}}, "cpu_offload=true"),
+    ],
+)
+def test_what_would_break_the_run_later_is_refused(tmp_path: Path, given: object, phrase: str) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(given))
+    with pytest.raises(UserError, match=re.escape(phrase)):
+        told(file)
+
+
+def test_a_section_that_asks_for_nothing_is_left_out(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    off = {"offload_optimizer": {"device": "none"}, "offload_param": None, "cpu_offload": False}
+    file.write_text(json.dumps({"zero_optimization": off}))
+    assert told(file)["zero_optimization"] == {"stage": 1}
+
+
+def what_deepspeed_refuses(rank: int, configs: list[dict[str, object]]) -> list[str]:
+    start_process_group(World())
+    model, said = nn.Linear(4, 3), []
+    for config in configs:
+        with pytest.raises(UserError) as met:
+            Engine(model, torch.optim.SGD(model.parameters()), config)
+        said.append(str(met.value))
+    return said
+
+
+def test_what_deepspeed_does_not_understand_is_one_line(tmp_path: Path) -> None:
+    file, configs = tmp_path / "ds.json", []
+    for given in ({"zero_optimization": {"overlap_com": True}}, {"compile": 3}, {"checkpoint": {"tag_validation": 1}}):
+        file.write_text(json.dumps(given))
+        configs.append(told(file) | {"train_batch_size": 8})  # of one rank
+    for said, named in zip(run_on_ranks(what_deepspeed_refuses, 1, configs)[0], ("overlap_com", "", ""), strict=True):
+        assert re.fullmatch(rf"DeepSpeed does not understand its options \(.*{named}.*\): mend engine.*", said)
 
 
 def test_stage_3_is_refused_with_a_reason() -> None:
