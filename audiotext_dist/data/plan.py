@@ -53,14 +53,15 @@ def check_lanes(*, global_batch_size: int, num_lanes: int, world_size: int) -> N
         )
     if num_lanes % world_size:
         fitting = [lanes for lanes in _divisors(global_batch_size) if lanes % world_size == 0]
-        mend = (
+        other_lanes = (
             f"set data.num_lanes to one of {fitting}"
             if fitting
             else f"set training.global_batch_size to a multiple of {world_size}"
         )
+        # First what also mends a run that is to go on.
         raise UserError(
-            f"{world_size} processes cannot share data.num_lanes={num_lanes} evenly: {mend}, "
-            f"or start one of {_divisors(num_lanes)} processes"
+            f"{world_size} processes cannot share data.num_lanes={num_lanes} evenly: "
+            f"start one of {_divisors(num_lanes)} processes, or, for a new run, {other_lanes}"
         )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import logging
 import math
 from collections.abc import Sequence
@@ -94,6 +96,10 @@ class DataConfig:
         if self.num_workers < 0:
             raise UserError(f"data.num_workers={self.num_workers} must be 0 or more")
 
+    def lanes(self, global_batch_size: int) -> int:
+        """num_lanes, or its default."""
+        return self.num_lanes or default_num_lanes(global_batch_size)
+
     def node_cache(self) -> NodeCache:
         """The cache's part of this configuration."""
         retry = RetryConfig(retries=self.fetch_retries, stall_seconds=self.fetch_stall_seconds)
@@ -180,7 +186,7 @@ def warn_of_small_cache(
     remote = [shard.num_bytes for shards in sets for shard in shards if storage.is_remote(shard.path)]
     if not remote:
         return
-    lanes = (config.num_lanes or default_num_lanes(global_batch_size)) * world.local_size / world.size
+    lanes = config.lanes(global_batch_size) * world.local_size / world.size
     at_once_bytes = int(min(lanes * config.window_shards, len(remote)) * sum(remote) / len(remote))
     if at_once_bytes > config.cache_bytes:
         _log.warning(
@@ -208,7 +214,7 @@ def make_plan(
     Raises:
         UserError: the batch, the lanes and the ranks do not fit together, or the sets are too small.
     """
-    num_lanes = config.num_lanes or default_num_lanes(global_batch_size)
+    num_lanes = config.lanes(global_batch_size)
     check_lanes(global_batch_size=global_batch_size, num_lanes=num_lanes, world_size=world_size)
     return Plan(
         set_sizes=[[shard.num_samples for shard in shards] for shards in sets],
@@ -218,4 +224,37 @@ def make_plan(
         global_batch_size=global_batch_size,
         num_lanes=num_lanes,
         window_shards=config.window_shards,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOrder:
+    """What fixes, with seed and batch size, which clip stands where in an epoch.
+
+    shards: digest of their contents, in their order; the folder that they lie in may change.
+    """
+
+    num_lanes: int
+    window_shards: int
+    set_weights: tuple[float, ...]
+    shards: str
+
+    def settings(self) -> dict[str, object]:
+        """Each by the name that a user knows."""
+        return {
+            "data.num_lanes": self.num_lanes,
+            "data.window_shards": self.window_shards,
+            "weights of data.train": self.set_weights,
+            "shards of data.train (digest of their contents)": self.shards,
+        }
+
+
+def order_of(sets: Sequence[Sequence[Shard]], config: DataConfig, global_batch_size: int) -> DataOrder:
+    """The order that ``make_plan`` gives these training sets."""
+    contents = json.dumps([[shard.sha256 for shard in shards] for shards in sets])
+    return DataOrder(
+        num_lanes=config.lanes(global_batch_size),
+        window_shards=config.window_shards,
+        set_weights=tuple(chosen.weight for chosen in config.train.values()),
+        shards=hashlib.sha256(contents.encode()).hexdigest()[:16],
     )

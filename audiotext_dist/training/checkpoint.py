@@ -4,7 +4,7 @@
         model.safetensors     every weight of the model, readable without DeepSpeed
         ema.safetensors       moving averages of the trained weights, with training.ema_decay
         optimizer.safetensors what the optimizer holds of every parameter, whole
-        progress.json         step, epoch, batch, world size, W&B run
+        progress.json         step, epoch, batch, order of the data, world size, W&B run
         recipe.yaml           the resolved recipe
         manifest.json         size and SHA-256 of every file above
     run_dir/checkpoints/latest          the newest one's name, moved last; for people and scripts
@@ -20,10 +20,11 @@ are set aside as ``.step-...damaged`` by the run that goes on from it.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from audiotext_dist import storage
+from audiotext_dist.data.sets import DataOrder
 from audiotext_dist.distributed import World, from_main, gather_items
 from audiotext_dist.errors import UserError
 from audiotext_dist.training.checkpoint_folder import (
@@ -61,8 +63,9 @@ _log = logging.getLogger(__name__)
 class Progress:
     """Where a run stands: ``step`` batches done; the next batch is number ``batch`` of ``epoch``.
 
-    seed, global_batch_size, steps_an_epoch, optimizer: what fixes the meaning of those three; a run goes on only
-    where they are the same. world_size: of the processes that wrote this; others may go on.
+    seed, global_batch_size, steps_an_epoch, optimizer, order: what fixes the meaning of those three; a run goes on only
+    where they are the same. An older checkpoint tells nothing of the order. world_size: of the processes that wrote
+    this; others may go on.
     """
 
     step: int
@@ -73,21 +76,28 @@ class Progress:
     steps_an_epoch: int
     world_size: int
     optimizer: str
+    order: DataOrder | None = None
     wandb_id: str | None = None
     health: Health = field(default_factory=Health)
     loss_scale: LossScale | None = None
 
     def check_fits(self, other: Progress, where: str) -> None:
         """Raise ``UserError`` unless the other run reads the same batches, and updates in the same way."""
-        for key, what in (
-            ("seed", "training.seed"),
-            ("global_batch_size", "training.global_batch_size"),
-            ("steps_an_epoch", "the number of batches an epoch (its data sets and weights)"),
-            ("optimizer", "optim.name"),
-        ):
-            before, now = getattr(self, key), getattr(other, key)
+        others = other._settings()
+        for what, before in self._settings().items():
+            now = others.get(what, before)
             if before != now:
                 raise UserError(f"{where} was made with {what} {before}, not {now}: give the same, or a new run_dir")
+
+    def _settings(self) -> dict[str, object]:
+        """What a run that goes on must share, each by the name that a user knows."""
+        return {
+            "training.seed": self.seed,
+            "training.global_batch_size": self.global_batch_size,
+            "the number of batches an epoch (its data sets and weights)": self.steps_an_epoch,
+            **({} if self.order is None else self.order.settings()),
+            "optim.name": self.optimizer,
+        }
 
 
 def save(
@@ -134,7 +144,7 @@ def _write(
     for file, tensors in files.items():
         save_file(tensors, partial / file)
         make_readable(partial / file)
-    storage.write_bytes(str(partial / _PROGRESS), json.dumps(asdict(progress)).encode())
+    storage.write_bytes(str(partial / _PROGRESS), json.dumps(dataclasses.asdict(progress)).encode())
     storage.write_bytes(str(partial / RECIPE_FILE), recipe_yaml.encode())
     storage.write_bytes(str(partial / MANIFEST), json.dumps(describe_files(partial), indent=1).encode())
 
@@ -192,7 +202,7 @@ def load(engine: Engine, model: nn.Module, checkpoint: Path, start: Progress) ->
         engine.ema.load(load_file(averages) if averages.is_file() else {})
     if engine.loss_scale is not None and progress.loss_scale is not None:
         engine.loss_scale = progress.loss_scale
-    return progress
+    return dataclasses.replace(progress, order=start.order)
 
 
 def set_aside_newer(checkpoint: Path) -> None:
@@ -212,11 +222,12 @@ def read_progress(checkpoint: Path) -> Progress:
     """Where the checkpoint's run stood."""
     try:
         found = json.loads((checkpoint / _PROGRESS).read_text())
-        health, scale = found.pop("health"), found.pop("loss_scale", None)
+        health, scale, order = found.pop("health"), found.pop("loss_scale", None), found.pop("order", None)
         return Progress(
             **found,
             health=Health(**{**health, "recent_losses": tuple(health["recent_losses"])}),
             loss_scale=None if scale is None else LossScale(**scale),
+            order=None if order is None else DataOrder(**{**order, "set_weights": tuple(order["set_weights"])}),
         )
     except (TypeError, ValueError, KeyError, AttributeError):
         raise UserError(f"{checkpoint} is of another version of this program: start under a new run_dir") from None

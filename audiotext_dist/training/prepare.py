@@ -17,7 +17,7 @@ from audiotext_dist.data.batch import Batch
 from audiotext_dist.data.features import Features
 from audiotext_dist.data.loader import TrainingBatches
 from audiotext_dist.data.plan import Plan
-from audiotext_dist.data.sets import make_plan, open_sets, warn_of_small_cache
+from audiotext_dist.data.sets import make_plan, open_sets, order_of, warn_of_small_cache
 from audiotext_dist.data.shard import Shard
 from audiotext_dist.data.workers import iterate
 from audiotext_dist.distributed import World
@@ -121,6 +121,7 @@ class Prepared:
             steps_an_epoch=self.plan(epoch=0).num_batches,
             world_size=self.world.size,
             optimizer=self.recipe.optim.name,
+            order=order_of(self.train_sets, self.recipe.data, self.recipe.training.global_batch_size),
         )
 
 

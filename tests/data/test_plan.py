@@ -177,10 +177,12 @@ def test_a_single_shard_is_mixed_over_all_lanes():
 
 def test_ranks_that_do_not_divide_the_lanes_are_told_which_numbers_would_do():
     with pytest.raises(
-        UserError, match=r"3 processes cannot share data.num_lanes=32.*\[3, 6, 12, 24, 48, 96\].*\[1, 2, 4, 8, 16, 32\]"
+        UserError,
+        match=r"3 processes cannot share data.num_lanes=32 evenly: start one of \[1, 2, 4, 8, 16, 32\] processes, or, "
+        r"for a new run, set data.num_lanes to one of \[3, 6, 12, 24, 48, 96\]",
     ):
         check_lanes(global_batch_size=96, num_lanes=32, world_size=3)
-    with pytest.raises(UserError, match="multiple of 5"):
+    with pytest.raises(UserError, match=r"for a new run, set training\.global_batch_size to a multiple of 5"):
         check_lanes(global_batch_size=96, num_lanes=32, world_size=5)
     with pytest.raises(UserError, match="does not divide"):
         check_lanes(global_batch_size=96, num_lanes=64, world_size=2)

@@ -1,16 +1,23 @@
 """Checkpoints are complete or invisible: what damage does, what is kept, what may go on from them."""
 
 import dataclasses
+import json
+import shutil
 
 import pytest
 import torch
 from torch import nn
 
+from audiotext_dist.data.sets import DataOrder
 from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError
 from audiotext_dist.training import checkpoint, checkpoint_folder, weights
 from audiotext_dist.training.checkpoint import Progress
+from audiotext_dist.training.prepare import prepare
+from audiotext_dist.training.recipe import read_recipe
 from audiotext_dist.training.saving import CheckpointConfig, Saver
+from tests.clips import make_sample, write_shards
+from tests.training.runs import SMALL, write_training_set
 
 START = Progress(
     step=0,
@@ -21,16 +28,20 @@ START = Progress(
     steps_an_epoch=4,
     world_size=1,
     optimizer="adamw",
+    order=DataOrder(num_lanes=8, window_shards=4, set_weights=(1.0, 0.3), shards="0123456789abcdef"),
 )
 
 
 class StateEngine:
     """Stands for the engine, whose real state tests/training/test_resume.py goes through."""
 
-    ema = None
+    ema = loss_scale = None
 
     def optimizer_state(self, *, on_this_rank):
         return {"weight:exp_avg": torch.ones(2, 3)} if on_this_rank else {}
+
+    def load_optimizer_state(self, state):
+        assert list(state) == ["weight:exp_avg"]
 
 
 def save(run_dir, *steps, **config):
@@ -144,3 +155,37 @@ def test_a_run_with_other_batches_cannot_go_on(key):
     with pytest.raises(UserError, match="give the same, or a new run_dir"):
         START.check_fits(other, "step-1")
     START.check_fits(dataclasses.replace(START, step=9, world_size=3), "step-1")
+
+
+def test_a_run_goes_on_with_its_clips_in_the_same_order_or_not_at_all(tmp_path):
+    """Epochs of as many batches throughout: only their order differs."""
+    shards = write_training_set(tmp_path / "set")
+    shutil.copytree(shards, tmp_path / "copy")
+    write_shards(tmp_path / "other", [[make_sample(12 * shard + row) for row in range(12)] for shard in (0, 1, 3, 2)])
+
+    def start(*words, shards=shards):
+        data = [f"run_dir={tmp_path / 'run'}", f"data.train.own.shards={shards}"]
+        return prepare(read_recipe([*SMALL, *data, *words]), World()).start()
+
+    before = start()
+    before.check_fits(start(shards=tmp_path / "copy"), "step-1")
+    for now, what in (
+        (start("data.num_lanes=12"), r"data\.num_lanes 6, not 12"),
+        (start("data.window_shards=1"), r"data\.window_shards 4, not 1"),
+        (start("data.train.own.weight=1.01"), r"weights of data\.train \(1\.0,\), not \(1\.01,\)"),
+        (start(shards=tmp_path / "other"), r"shards of data\.train \(digest of their contents\) \w{16}, not \w{16}"),
+    ):
+        assert now.steps_an_epoch == before.steps_an_epoch
+        with pytest.raises(UserError, match=rf"^step-1 was made with {what}: give the same, or a new run_dir$"):
+            before.check_fits(now, "step-1")
+
+
+def test_an_older_checkpoint_that_tells_nothing_of_the_order_is_taken(tmp_path):
+    model = save(tmp_path, 3)
+    saved = tmp_path / "checkpoints" / "step-00000003"
+    assert checkpoint.read_progress(saved) == dataclasses.replace(START, step=3)
+    told = json.loads((saved / "progress.json").read_text())
+    del told["order"]
+    (saved / "progress.json").write_text(json.dumps(told))
+    # From here on its run tells it.
+    assert checkpoint.load(StateEngine(), model, saved, START).order == START.order
