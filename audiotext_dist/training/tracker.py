@@ -103,15 +103,9 @@ class Tracker:
             what(self._wandb)
         # Its service raises what it likes: OSErrors of a lost connection, its own errors, those of a full disk.
         except Exception as error:
-            _log.warning(
-                "W&B has stopped (%s): the run goes on, %s has every step",
-                str(error).partition("\n")[0] or type(error).__name__,
-                METRICS_FILE,
-            )
+            _log.warning("W&B has stopped (%s): the run goes on, %s has every step", _reason(error), METRICS_FILE)
             self._wandb = None
-            # Or its farewell at the process's end would fail in the same way, with a traceback.
-            with contextlib.suppress(Exception):
-                wandb.teardown()
+            _end_service()
         finally:
             limit.cancel()
 
@@ -139,6 +133,16 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
     """Every line of a run's metrics."""
     with (run_dir / METRICS_FILE).open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
+
+
+def _reason(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+def _end_service() -> None:
+    """After a failure: or its farewell at the process's end would fail in the same way, with a traceback."""
+    with contextlib.suppress(Exception):
+        wandb.teardown()
 
 
 def _kill_service() -> None:
@@ -203,10 +207,12 @@ def _start_wandb(
             # Raises with a key but no network; without a key it only says no.
             if wandb.login(prompt=False):
                 return start("online")
-        except wandb.errors.Error as error:
-            _log.warning("W&B cannot go online (%s): logging offline", str(error).splitlines()[0])
+        # Here too it raises what it likes: of a disk that is full, of a service that did not start.
+        except Exception as error:
+            _log.warning("W&B cannot go online (%s): logging offline", _reason(error))
     try:
         return start("offline")
-    except wandb.errors.Error as error:
-        _log.warning("W&B cannot log (%s): the run goes on with JSON lines alone", str(error).splitlines()[0])
+    except Exception as error:
+        _log.warning("W&B cannot log (%s): the run goes on with %s alone", _reason(error), METRICS_FILE)
+        _end_service()
         return None

@@ -85,22 +85,46 @@ tracker.close()
 """
 
 
-@pytest.mark.parametrize("how", ["killed", "hanging"])
-def test_a_run_outlives_the_service_of_wandb(tmp_path, how):
+def run_in(folder: Path, script: str, *words: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
-    done = subprocess.run(
-        [sys.executable, "-c", OUTLIVING, how],
-        cwd=tmp_path,
-        env={**environment, "HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])},
+    return subprocess.run(
+        [sys.executable, "-c", script, *words],
+        cwd=folder,
+        env={**environment, "HOME": str(folder), "PYTHONPATH": str(Path(__file__).parents[2])},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=240,
         check=False,
     )
+
+
+@pytest.mark.parametrize("how", ["killed", "hanging"])
+def test_a_run_outlives_the_service_of_wandb(tmp_path, how):
+    done = run_in(tmp_path, OUTLIVING, how)
     assert done.returncode == 0, done.stderr
     assert steps_of(tmp_path) == [1, 2, 3]
     assert done.stderr.count("W&B has stopped") == 1
     assert "Traceback" not in done.stderr
     (folder,) = tmp_path.glob("wandb/offline-run-*")
     assert f"wandb sync {folder}\n" in done.stderr
+
+
+STARTING = """
+from pathlib import Path
+from audiotext_dist.training.tracker import Tracker, TrackerConfig
+tracker = Tracker(
+    TrackerConfig(), Path("."), name="test", recipe={}, start_step=0, wandb_id=None, is_main=True
+)
+tracker.log(1, {"train/loss": 1.0})
+tracker.close()
+"""
+
+
+def test_a_run_starts_where_wandb_cannot(tmp_path):
+    (tmp_path / "wandb").touch()  # in the place of its folder: an OSError, as of a full disk
+    done = run_in(tmp_path, STARTING)
+    assert done.returncode == 0, done.stderr
+    assert steps_of(tmp_path) == [1]
+    assert done.stderr.count("W&B cannot log") == 1
+    assert "Traceback" not in done.stderr
