@@ -14,7 +14,7 @@ from __future__ import annotations
 from audiotext_dist.storage.finding import exists, expand, identity, list_files
 from audiotext_dist.storage.paths import check_no_credentials, expand_braces, is_remote, join, public_name
 from audiotext_dist.storage.reading import blocks, digest, read_bytes, read_range, sha256_of
-from audiotext_dist.storage.writing import atomic_file, atomic_local_file, claimed, copy, remove, write_bytes
+from audiotext_dist.storage.writing import atomic_file, atomic_local_file, claimed, copy, remove, sync, write_bytes
 
 __all__ = [
     "atomic_file",
@@ -36,5 +36,6 @@ __all__ = [
     "read_range",
     "remove",
     "sha256_of",
+    "sync",
     "write_bytes",
 ]

@@ -13,7 +13,7 @@
 Nothing in it depends on the number of processes or the ZeRO stage, so a run goes on under others. Random numbers
 are drawn from the seed, the step and the rank, so they need no file.
 
-A checkpoint is written as ``.step-...partial``, given its manifest, and only then renamed. Loading goes
+A checkpoint is written as ``.step-...partial``, given its manifest, synced, and only then renamed. Loading goes
 through the checkpoints from the newest, and takes the first that every rank finds whole; damaged newer ones
 are set aside as ``.step-...damaged`` by the run that goes on from it.
 """
@@ -144,16 +144,23 @@ def _write(
     for file, tensors in files.items():
         save_file(tensors, partial / file)
         make_readable(partial / file)
+        storage.sync(partial / file)
     storage.write_bytes(str(partial / _PROGRESS), json.dumps(dataclasses.asdict(progress)).encode())
     storage.write_bytes(str(partial / RECIPE_FILE), recipe_yaml.encode())
     storage.write_bytes(str(partial / MANIFEST), json.dumps(describe_files(partial), indent=1).encode())
+    storage.sync(partial)
 
 
 def _give_name(partial: Path, run_dir: Path) -> Path:
-    """From here on the checkpoint is to be seen."""
+    """From here on the checkpoint is to be seen, after a power loss as well: older ones may go."""
     named = partial.with_name(partial.name.removeprefix(".").removesuffix(".partial"))
     shutil.rmtree(named, ignore_errors=True)
     partial.rename(named)
+    try:
+        storage.sync(named.parent)
+    except OSError:
+        shutil.rmtree(named, ignore_errors=True)
+        raise
     try:
         storage.write_bytes(str(run_dir / CHECKPOINTS / _POINTER), named.name.encode())
     except UserError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import subprocess
@@ -132,6 +133,27 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path: Path) -> None:
     assert lines[6] == "True ['step-00000001', 'step-00000003']"
     assert done.stderr.count("no checkpoint of step 2") == 3
     assert [json.loads(line)["trainer/step"] for line in lines[7:] if line] == [3, 3, 3]
+
+
+@pytest.mark.parametrize("unsynced", ["model.safetensors", "progress.json", ".step-00000002.partial", "checkpoints"])
+def test_what_the_disk_does_not_have_for_sure_is_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, unsynced: str
+) -> None:
+    """A network disk may tell of its being full only here, and a power loss undoes what was not synced."""
+
+    def fsync(descriptor: int, code: int = errno.EIO) -> None:
+        if unsynced in Path(f"/proc/self/fd/{descriptor}").readlink().name:
+            raise OSError(code, os.strerror(code))
+
+    saver = saver_of(tmp_path)
+    assert saver.save(at(1))
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert not saver.save(at(2))
+    assert "no checkpoint of step 2" in caplog.text
+    assert [path.name for path in (tmp_path / "checkpoints").glob("*step-*")] == ["step-00000001"]
+    # Some network disks cannot sync folders at all.
+    monkeypatch.setattr(os, "fsync", lambda descriptor: fsync(descriptor, errno.EINVAL))
+    assert saver.save(at(2)) == (not unsynced.endswith(("safetensors", "json")))
 
 
 def test_copies_in_a_store_bring_a_run_back_on_an_empty_disk(
