@@ -78,7 +78,7 @@ class Engine:
     """A model and its optimizer under DeepSpeed.
 
     Of a step's last micro-batch ``backward`` averages the gradients over ranks, and ``step`` updates and clears them;
-    before, the two add up gradients on this rank.
+    before, the two add up gradients on this rank. ZeRO 2 averages at every ``backward``, and adds up its parts.
 
     Args:
         config: from ``engine_config.deepspeed_config``.

@@ -36,7 +36,8 @@ class TrainingConfig:
 
     max_steps: stop after so many steps although epochs are left; the schedule still counts num_epochs.
     micro_batch_size: clips that the towers of a rank hold at once, null for all of its share. The negatives are
-    those of the whole batch all the same, for one more forward.
+    those of the whole batch all the same, for one more forward. Gradients cross the network once a step, under
+    engine.zero_stage=2 once for each micro-batch.
     precision: what the towers compute in; weights, optimizer, gradients' sums and the loss's own sums are float32 in
     any case. fp16 scales the loss by a factor that finds its own size.
     resume: ``auto`` goes on from the newest complete checkpoint in run_dir, or starts where there is none.

@@ -5,7 +5,8 @@ With micro-batches the loss still sees the whole batch (Gao et al. 2021, arXiv:2
 1. Each micro-batch goes through the towers without gradient; the state of the random numbers before it is kept.
 2. The loss of all embeddings gives the gradient with respect to each of them, and to temperature and bias.
 3. Each micro-batch goes through the towers again, with the same random numbers, and those gradients go on from its
-   embeddings into the towers. The last one averages the gradients over ranks and updates.
+   embeddings into the towers. The last one averages the gradients over ranks and updates: one reduction a step. Only
+   ZeRO 2, under which no rank holds a whole gradient to add to, reduces those of each micro-batch.
 """
 
 from __future__ import annotations
