@@ -12,7 +12,8 @@ from audiotext_dist.distributed import mean_over_ranks
 class RunningStatistics:
     """The running means and variances of a model as they are now, to be had again after a forward that is not to count.
 
-    Such are the forward of a step that is skipped, and the first of the two of a micro-batch.
+    Such are the forward of a step that is skipped, the first of the two of a micro-batch, and that of activations that
+    are computed again in the backward.
     """
 
     def __init__(self, model: nn.Module) -> None:

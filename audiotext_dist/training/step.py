@@ -93,7 +93,7 @@ def update(engine: Engine, model: DualEncoder, inputs: ModelInputs, loss_of: Los
         output = loss_of(a_nD, b_nD, model.scale(), model.logit_bias)
 
         def move() -> float:
-            engine.backward(output.loss)
+            _backward(engine, output.loss, model)
             return engine.step()
 
         return _finish(engine, output, model, health, statistics, move)
@@ -116,11 +116,18 @@ def update(engine: Engine, model: DualEncoder, inputs: ModelInputs, loss_of: Los
             surrogate = _inner_product(engine(micro_batch), gradients)
             # Scale and bias are in every micro-batch, so in the last one too, which is the one that is averaged.
             surrogate = surrogate + _inner_product(_scalars(model), map(_gradient, scalars)) / num_micro_batches
-            engine.backward(surrogate)
+            _backward(engine, surrogate, model)
             gradient_norm = engine.step()
         return gradient_norm
 
     return _finish(engine, output, model, health, statistics, move_by_parts)
+
+
+def _backward(engine: Engine, loss: Tensor, model: DualEncoder) -> None:
+    """Activations that it computes again (engine.activation_checkpointing) are a forward that is not to count."""
+    statistics = RunningStatistics(model)
+    engine.backward(loss)
+    statistics.restore()
 
 
 def _finish(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from audiotext_dist.distributed import mean_over_ranks
 from audiotext_dist.losses.config import LossConfig
@@ -16,18 +17,21 @@ from tests.ranks import run_on_ranks
 
 
 class NormedModel(SmallModel):
-    """Its first side is normalised by its batch."""
+    """Its first side is normalised by its batch; ``again`` in the backward too, to save its activations."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, again: bool) -> None:
         super().__init__(bias=False)
+        self.again = again
         self.norm = nn.BatchNorm1d(rows(1).shape[1], dtype=torch.float64)
 
     def forward(self, inputs: ModelInputs):
-        return super().forward(ModelInputs(waveform_NS=self.norm(inputs.waveform_NS), tokens_NC=inputs.tokens_NC))
+        x_NS = inputs.waveform_NS
+        normed_NS = checkpoint(self.norm, x_NS, use_reentrant=False) if self.again else self.norm(x_NS)
+        return super().forward(ModelInputs(waveform_NS=normed_NS, tokens_NC=inputs.tokens_NC))
 
 
-def stepped(waveform_NS: torch.Tensor, num_micro_batches: int) -> nn.BatchNorm1d:
-    model = NormedModel()
+def stepped(waveform_NS: torch.Tensor, num_micro_batches: int, *, again: bool = False) -> nn.BatchNorm1d:
+    model = NormedModel(again=again)
     update(
         AveragingEngine(model, num_micro_batches),
         model,
@@ -45,12 +49,13 @@ def test_a_step_that_is_skipped_leaves_them(num_micro_batches):
     assert norm.num_batches_tracked == 0
 
 
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("num_micro_batches", [1, 2, 3])
-def test_each_micro_batch_counts_once(num_micro_batches):
+def test_each_micro_batch_counts_once(num_micro_batches, again):
     alone = nn.BatchNorm1d(rows(1).shape[1], dtype=torch.float64)
     for part in rows(1).chunk(num_micro_batches):
         alone(part)
-    norm = stepped(rows(1), num_micro_batches)
+    norm = stepped(rows(1), num_micro_batches, again=again)
     torch.testing.assert_close(norm.running_mean, alone.running_mean)
     torch.testing.assert_close(norm.running_var, alone.running_var)
     assert norm.num_batches_tracked == num_micro_batches
