@@ -46,7 +46,7 @@ def train(prepared: Prepared) -> list[RetrievalResult]:
     """Train to the end; the last evaluation's results.
 
     Raises:
-        SystemExit: with ``EXIT_PREEMPTED``, where any rank was asked to stop; a checkpoint is written.
+        SystemExit: with ``EXIT_PREEMPTED``, where any rank was asked to stop; the last line names its checkpoint.
     """
     stop = StopRequest()
     timeout_seconds = prepared.recipe.engine.collective_timeout_seconds
@@ -230,7 +230,7 @@ class _Run:
             _log.info("step %d of %d, %s", self._step, self._last_step, shown)
 
     def _leave_if_asked(self) -> None:
-        """One rank that was asked to stop is enough: all write the checkpoint, and end."""
+        """One rank that was asked to stop is enough: all write the checkpoint, if the disk takes it, and end."""
         if not any_over_ranks(self._stop.reason is not None):
             return
         reasons = {reason for reason in gather_items(self._stop.reason) if reason is not None}
@@ -238,12 +238,11 @@ class _Run:
         self._saver.finish(in_a_hurry=True)
         self._stop.ignore_more()
         if self._world.is_main:
-            _log.warning(
-                "stopped by %s after step %d of %d; training.resume=auto goes on",
-                " and ".join(sorted(reasons)),
-                self._step,
-                self._last_step,
-            )
+            stands = f"training.resume=auto goes on from {checkpoint_folder.name_of(self._saved_step)}"
+            if not self._saved_step:
+                stands = f"there is no checkpoint: make room in {self._recipe.run_dir}"
+            why = " and ".join(sorted(reasons))
+            _log.warning("stopped by %s after step %d of %d; %s", why, self._step, self._last_step, stands)
             self._tracker.close()
         raise SystemExit(EXIT_PREEMPTED)
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import logging
+import os
 import signal
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
 
+from audiotext_dist.training import checkpoint
 from audiotext_dist.training.preemption import EXIT_PREEMPTED
 from audiotext_dist.training.tracker import read_metrics
+from tests.ranks import run_on_ranks
 from tests.training.launched import DEEPSPEED, WRAPPER, Launched, launched, wait_for_all
-from tests.training.runs import write_training_set
+from tests.training.runs import train_with_faults, write_training_set
 
 NUM_STEPS = 60
 
@@ -56,9 +62,9 @@ def stop(run_dir: Path, words: list[str], name: str, number: signal.Signals) -> 
         code = run.command.wait()
         seconds = wait_for_all(processes)
         assert "Traceback" not in run.said(), run.said()
-        assert "training.resume=auto goes on" in run.said()
     saved = [path.name for path in (run_dir / "checkpoints").glob("step-*")]
     assert len(saved) == 1, saved
+    assert f"training.resume=auto goes on from {saved[0]}" in run.said()
     assert 5 <= int(saved[0].removeprefix("step-")) < NUM_STEPS
     return code, seconds
 
@@ -67,6 +73,32 @@ def test_sigterm_to_the_command_that_passes_signals_on(tmp_path: Path, words: li
     code, seconds = stop(tmp_path / "run", words, "wrapper", signal.SIGTERM)
     assert code == EXIT_PREEMPTED
     assert seconds < 30
+
+
+def last_words_on_a_full_disk(rank: int, run_dir: Path, words: list[str]) -> list[str]:
+    """Of two runs that are stopped when the disk is full, to the first checkpoint and to the second."""
+    said: list[str] = []
+    logging.getLogger("audiotext_dist.training.loop").addFilter(lambda line: bool(said.append(line.getMessage())))
+    save_file = checkpoint.save_file
+    for full_at in (1, 2):
+
+        def save(tensors: dict[str, object], file: Path, full_at: int = full_at) -> None:
+            if file.parent.name == f".step-0000000{full_at}.partial":
+                os.kill(os.getpid(), signal.SIGUSR1)
+                raise OSError(errno.ENOSPC, "No space left on device")
+            save_file(tensors, file)
+
+        with mock.patch.object(checkpoint, "save_file", save), pytest.raises(SystemExit) as left:
+            train_with_faults(rank, [*words, f"run_dir={run_dir / str(full_at)}", "checkpoint.every_steps=1"])
+        said.append(f"code {left.value.code}")
+    return [line for line in said if line.startswith(("stopped", "code"))]
+
+
+def test_the_last_line_names_the_checkpoint_that_stands(tmp_path: Path, words: list[str]) -> None:
+    first, _, second, _ = said = run_on_ranks(last_words_on_a_full_disk, 1, tmp_path, words)[0]
+    assert said[1::2] == [f"code {EXIT_PREEMPTED}"] * 2
+    assert first.startswith("stopped by SIGUSR1 after step 1 of 60; there is no checkpoint: ")
+    assert second == "stopped by SIGUSR1 after step 2 of 60; training.resume=auto goes on from step-00000001"
 
 
 @pytest.mark.faults
