@@ -160,7 +160,7 @@ def kept_names(run_dir: Path, keep_last: int) -> set[str]:
 
 
 def note_metric(run_dir: Path, step: int, metrics: Mapping[str, float], config: CheckpointConfig) -> None:
-    """Remember the checkpoint of this step if its metric is the best so far; on the main rank.
+    """Remember the checkpoint of this step if its metric is the best so far, which NaN never is; on the main rank.
 
     Raises:
         UserError: there is no such metric.
@@ -174,8 +174,13 @@ def note_metric(run_dir: Path, step: int, metrics: Mapping[str, float], config: 
         )
     value, best = metrics[config.best_metric], best_of(run_dir)
     sign = 1 if config.best_is == "highest" else -1
-    same = best is not None and best["metric"] == config.best_metric
-    if best is None or not same or sign * value > sign * float(best["value"]):
+    beats = (
+        best is None
+        or best["metric"] != config.best_metric
+        or math.isnan(float(best["value"]))
+        or sign * value > sign * float(best["value"])
+    )
+    if beats and not math.isnan(value):
         content = {"name": name_of(step), "metric": config.best_metric, "value": value}
         try:
             storage.write_bytes(str(run_dir / CHECKPOINTS / BEST_FILE), json.dumps(content).encode())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import math
 import os
 import subprocess
 import sys
@@ -46,6 +47,22 @@ def test_the_best_one_stays_until_a_better_one_comes(tmp_path: Path, best_is: st
         saver.note_metrics(step, {"recall": recall, "other": 1.0})
     assert names(tmp_path) == [f"step-0000000{best_step}", "step-00000006"]
     assert json.loads((tmp_path / "checkpoints" / "best.json").read_text())["name"] == f"step-0000000{best_step}"
+
+
+@pytest.mark.parametrize("best_is", ["highest", "lowest"])
+def test_a_metric_that_is_no_number_is_never_the_best(tmp_path: Path, best_is: str) -> None:
+    best, saver = tmp_path / "checkpoints" / "best.json", saver_of(tmp_path, best_metric="recall", best_is=best_is)
+    found = []
+    for step, recall in [(1, math.nan), (2, 0.5), (3, math.nan)]:
+        assert saver.save(at(step))
+        saver.note_metrics(step, {"recall": recall})
+        found.append(json.loads(best.read_text())["name"] if best.is_file() else None)
+    assert found == [None, "step-00000002", "step-00000002"]
+    # One that an older version took for the best gives way.
+    best.write_text(json.dumps({"name": "step-00000003", "metric": "recall", "value": math.nan}))
+    saver.save(at(4))
+    saver.note_metrics(4, {"recall": 0.1})
+    assert json.loads(best.read_text())["name"] == "step-00000004"
 
 
 def test_the_best_one_can_be_named_in_place_of_its_folder(tmp_path: Path) -> None:
