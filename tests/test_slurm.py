@@ -23,7 +23,7 @@ exit $code""",
 trap 'exit $code' USR1
 cat "$5" > "hosts-$SLURM_NODEID"
 echo "$OMP_NUM_THREADS $INSIDE $*" > "words-$SLURM_NODEID"
-echo $$ > "task-$SLURM_NODEID"
+echo $$ $PPID > "task-$SLURM_NODEID"
 [ -z "$WAITS" ] && exit $code
 echo ready > ready
 for _ in {1..1000}; do sleep 0.01; done""",
@@ -65,7 +65,6 @@ def test_each_node_has_the_command_of_its_own(tmp_path: Path) -> None:
             "launch/pretrain.py recipe=R.yaml data.train={a: b} training.resume=auto\n"
         )
     assert "--cpus-per-task=10" in (tmp_path / "options").read_text()
-    assert not (tmp_path / ".hosts-12345").exists()
     assert not (tmp_path / "requeued").exists()
 
 
@@ -74,8 +73,11 @@ def test_each_node_has_the_command_of_its_own(tmp_path: Path) -> None:
     [
         ("75 75", "RUNNING", "20", True),
         ("75 75", "COMPLETING", "0", False),  # by scancel
-        ("69 1", "RUNNING", "0", True),
+        ("69 69", "RUNNING", "0", True),
         ("69 69", "RUNNING", "5", False),
+        ("69 247", "RUNNING", "0", False),
+        ("69 1", "RUNNING", "0", False),  # the other node's error is why this one ended
+        ("2 69", "RUNNING", "0", False),
         ("2 2", "RUNNING", "0", False),
     ],
 )
@@ -85,6 +87,7 @@ def test_a_job_is_queued_again_where_that_helps(
     job = start(tmp_path, [], codes, STATE=state, SLURM_RESTART_COUNT=restarts)
     assert job.wait() == max(int(code) for code in codes.split())
     assert (tmp_path / "requeued").exists() == again
+    assert not list(tmp_path.glob(".hosts-12345*"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
