@@ -13,9 +13,10 @@
 Nothing in it depends on the number of processes or the ZeRO stage, so a run goes on under others. Random numbers
 are drawn from the seed, the step and the rank, so they need no file.
 
-A checkpoint is written as ``.step-...partial``, given its manifest, synced, and only then renamed. Loading goes
-through the checkpoints from the newest, and takes the first that every rank finds whole; damaged newer ones
-are set aside as ``.step-...damaged`` by the run that goes on from it.
+A checkpoint is written as ``.step-...partial``, given its manifest, synced, and only then renamed; what a kill left
+of one is removed when the run is started again. Loading goes through the checkpoints from the newest, and takes the
+first that every rank finds whole; damaged newer ones are set aside as ``.step-...damaged`` by the run that goes on
+from it.
 """
 
 from __future__ import annotations

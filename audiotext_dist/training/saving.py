@@ -63,6 +63,10 @@ class Saver:
     ) -> None:
         self._config, self._engine, self._model = config, engine, model
         self._run_dir, self._world, self._recipe_yaml = run_dir, world, recipe_yaml
+        if world.is_main:
+            # What a killed run left half written or half fetched: here no save has begun, and the fetch is over.
+            for left in (run_dir / CHECKPOINTS).glob(".step-*.partial"):
+                shutil.rmtree(left, ignore_errors=True)
         self._uploader = None
         if config.upload_to is not None and world.is_main:
             (run_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)

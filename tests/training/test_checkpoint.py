@@ -106,16 +106,17 @@ def test_damaged_newer_ones_do_not_outlive_the_checkpoints_of_the_run_that_goes_
     assert newest(tmp_path) == "step-00000004"
 
 
-def test_a_partial_checkpoint_is_invisible_and_the_next_save_clears_it(tmp_path):
-    partial = tmp_path / "checkpoints" / ".step-00000003.partial"
-    partial.mkdir(parents=True)
-    (partial / "half").write_bytes(b"half")
+def test_a_partial_checkpoint_is_invisible_and_the_next_run_clears_it(tmp_path):
+    folder = tmp_path / "checkpoints"
+    for left in (".step-00000003.partial", ".step-00000002.partial", ".step-00000004.damaged"):
+        (folder / left).mkdir(parents=True)
+        (folder / left / "half").write_bytes(b"half")
     assert newest(tmp_path) is None
     assert not checkpoint_folder.has_checkpoints(tmp_path)
     save(tmp_path, 3)
     assert newest(tmp_path) == "step-00000003"
-    assert not partial.exists()
-    assert not (tmp_path / "checkpoints" / "step-00000003" / "half").exists()
+    assert sorted(path.name for path in folder.glob("*step-*")) == [".step-00000004.damaged", "step-00000003"]
+    assert not (folder / "step-00000003" / "half").exists()
 
 
 def test_the_last_ones_are_kept_and_the_pointer_names_the_newest(tmp_path):
