@@ -16,6 +16,8 @@ import sys
 import threading
 from typing import Any
 
+import psutil
+
 _PR_SET_PDEATHSIG = 1
 
 
@@ -47,10 +49,18 @@ def _wait(run: subprocess.Popen[Any], asked: threading.Event) -> int:
     while True:
         # A rank that is still starting ignores the signal: it is told again.
         if asked.is_set():
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(run.pid, signal.SIGUSR1)
+            for rank in _ranks(run.pid):
+                with contextlib.suppress(psutil.Error):
+                    rank.send_signal(signal.SIGUSR1)
         with contextlib.suppress(subprocess.TimeoutExpired):
             return run.wait(timeout=1)
+
+
+def _ranks(runner: int) -> list[psutil.Process]:
+    """Without what they have started: a compiler among it would die of the signal."""
+    with contextlib.suppress(psutil.Error):
+        return [rank for launcher in psutil.Process(runner).children() for rank in launcher.children()]
+    return []
 
 
 if __name__ == "__main__":
