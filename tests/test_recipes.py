@@ -65,6 +65,26 @@ def test_rows_of_temporal_agreement_are_those_of_its_table_1(row, match, from_ep
         assert (recipe.optim.name, recipe.optim.weight_decay, recipe.optim.warmup_epochs) == ("lars", 1e-6, 10)
         # The paper's loss is the sum of both directions, ours their mean.
         assert (recipe.loss.pair_weight, recipe.loss.direction) == (2, "both")
+        # VIP-ANT's.
+        assert (recipe.optim.momentum, recipe.optim.trust_coefficient, recipe.optim.final_lr_share) == (0.9, 1e-3, 1e-3)
+        assert recipe.model.init_temperature == 0.07
+        audio, fbank = recipe.model.audio, recipe.model.audio.fbank
+        assert (audio.stride_frames, audio.stride_bins, fbank.num_fbank_frames, fbank.num_mel_bins) == (
+            16,
+            24,
+            1000,
+            128,
+        )
+        assert (fbank.mean, fbank.std, fbank.freq_mask_bins, fbank.time_mask_frames) == (
+            -4.93839311,
+            5.75751113,
+            32,
+            200,
+        )
+    assert (image.data.num_frames, image.data.clip_seconds) == (4, 10)
+    assert (image.model.audio.init_from_image, image.model.audio.num_outputs) == (True, 4 if row == "multiframe" else 1)
+    assert (image.model.image.name, image.model.image.pretrained) == ("ViT-B-32-quickgelu", "openai")
+    assert (text.model.text.name, text.model.text.pretrained) == ("ViT-B-32-quickgelu", "openai")
     assert image.model.image.frozen
     assert text.model.text.frozen
 

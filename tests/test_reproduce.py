@@ -3,6 +3,7 @@
 import json
 import os
 import select
+import shlex
 import signal
 import statistics
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from audiotext_dist.errors import UserError
+from audiotext_dist.training.recipe import read_recipe
 from launch import reproduce
 from launch.reproduction import runner
 from launch.reproduction.runner import Place, Runner, places
@@ -198,10 +200,11 @@ def test_every_table_of_the_repository_is_whole(path):
     for row, seed in table.jobs_in_order():
         names = table.names_of(row, seed, launch="python")
         for name, command in table.steps_of(row).items():
-            words = resolve(command, names, f"{row} {name}").split()
-            for word in words:
-                if word.startswith("recipe="):
-                    assert Path(word.removeprefix("recipe=")).is_file(), word
+            program, *words = shlex.split(resolve(command, names, f"{row} {name}"))[1:]
+            if program == "launch/pretrain.py":
+                recipe = read_recipe(words)
+                assert recipe.training.seed == seed, name
+                assert Path(recipe.run_dir).is_relative_to(table.folder(row, seed)), name
     for command in table.prepare.values():
         resolve(command, {**table.variables, "out": table.out, "launch": "python"}, "prepare")
     assert as_markdown(table, summarise(table))
