@@ -243,7 +243,9 @@ def _decode_audio(flac: bytes, config: DecodeConfig, crop_uniform: float, wavefo
 
 
 def square_frame(jpeg: bytes, pixels: int) -> NDArray[np.uint8]:
-    """Decode a JPEG to uint8 [pixels, pixels, 3] the way CLIP sees it: shorter side resized, centre kept.
+    """Decode a JPEG to uint8 [pixels, pixels, 3]: the square at the centre, resized.
+
+    CLIP resizes first, which differs along the square's edges by what the filter sees beyond them.
 
     A frame stored at this size already, the case to build shards for, is only decoded.
 

@@ -25,8 +25,9 @@ class LossConfig:
     ``both`` averages the two directions.
     frame_match (audio-image only): how a clip's frames stand for it (Temporal agreement). ``one`` is a random frame;
     ``nearest`` the own frame with the highest cosine to the sound; ``maximum`` takes the best frame for every pair of
-    the batch; ``multiframe`` all frames against as many parts of the sound, with model.audio.num_outputs. Before the
-    epoch frame_match_from_epoch, counted from 0, ``nearest`` and ``maximum`` are ``one``.
+    the batch; ``multiframe`` all frames against as many parts of the sound, with model.audio.num_outputs, so its clips
+    are to be no longer than data.clip_seconds: frames are spread over a clip, parts over what is heard of it. Before
+    the epoch frame_match_from_epoch, counted from 0, ``nearest`` and ``maximum`` are ``one``.
     tile_bytes: memory for tiles of the cosines; the more ranks and clips, the fewer rows a tile holds.
     """
 
