@@ -62,9 +62,9 @@ def stop(run_dir: Path, words: list[str], name: str, number: signal.Signals) -> 
         code = run.command.wait()
         seconds = wait_for_all(processes)
         assert "Traceback" not in run.said(), run.said()
-    saved = [path.name for path in (run_dir / "checkpoints").glob("step-*")]
-    assert len(saved) == 1, saved
-    assert f"training.resume=auto goes on from {saved[0]}" in run.said()
+        saved = [path.name for path in (run_dir / "checkpoints").glob("step-*")]
+        assert len(saved) == 1, saved
+        assert f"training.resume=auto goes on from {saved[0]}" in run.said()
     assert 5 <= int(saved[0].removeprefix("step-")) < NUM_STEPS
     return code, seconds
 
