@@ -46,9 +46,9 @@ class Heartbeat:
 
     def _beat(self) -> None:
         others = [rank for rank in range(self._world.size) if rank != self._world.rank]
-        last = dict.fromkeys(others, (b"", time.monotonic()))
-        count = 0
-        while not self._stopped.wait(beat_seconds(self._timeout_seconds)):
+        last, silent_seconds = dict.fromkeys(others, b""), dict.fromkeys(others, 0.0)
+        count, before, pause_seconds = 0, time.monotonic(), beat_seconds(self._timeout_seconds)
+        while not self._stopped.wait(pause_seconds):
             count += 1
             asking = threading.Timer(self._timeout_seconds, self._end, [[0], "does not answer"])
             asking.daemon = True
@@ -63,8 +63,13 @@ class Heartbeat:
             finally:
                 asking.cancel()
             now = time.monotonic()
-            last.update({rank: (value, now) for rank, value in found.items() if value != last[rank][0]})
-            silent = [rank for rank, (_, heard) in last.items() if now - heard > self._timeout_seconds]
+            # Where more has passed this process itself was stopped, as in a suspended job: no fault of the others.
+            passed_seconds, before = min(now - before, 3 * pause_seconds), now
+            for rank in others:
+                is_heard = found.get(rank, last[rank]) != last[rank]
+                silent_seconds[rank] = 0.0 if is_heard else silent_seconds[rank] + passed_seconds
+            last.update(found)
+            silent = [rank for rank, seconds in silent_seconds.items() if seconds > self._timeout_seconds]
             if silent:
                 self._end(silent, f"gave no sign of life for {self._timeout_seconds:g} s")
 

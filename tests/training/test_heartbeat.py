@@ -7,6 +7,7 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -45,6 +46,35 @@ def test_a_stopped_rank_is_named_by_the_other(tmp_path: Path, stopped: int) -> N
     assert said.count("error:") == 1
     assert f"error: rank {stopped} " in said
     assert "Traceback" not in said
+
+
+def be_suspended(rank: int, port: int, said: Path) -> None:
+    os.dup2(os.open(said / f"{rank}", os.O_CREAT | os.O_WRONLY), 2)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    heartbeat = Heartbeat(World(rank=rank, size=2), timeout_seconds=2.0)
+    dist.barrier()
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    dist.barrier()
+    heartbeat.stop(together=True)
+
+
+def test_a_job_that_was_suspended_as_a_whole_goes_on(tmp_path: Path) -> None:
+    port = free_port()
+    ranks = [PROCESSES.Process(target=be_suspended, args=(rank, port, tmp_path)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    first, second = (psutil.Process(rank.pid) for rank in ranks)
+    while second.status() != psutil.STATUS_STOPPED:
+        time.sleep(0.02)
+    first.suspend()
+    time.sleep(3)  # longer than the limit
+    first.resume()
+    time.sleep(0.5)  # it beats, the other does not yet
+    second.resume()
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [0, 0], (tmp_path / "0").read_text()
 
 
 @pytest.mark.faults
