@@ -46,6 +46,9 @@ def test_what_is_not_there_is_named(folder, pattern):
 
 def test_credentials_stay_out_of_names():
     assert storage.public_name("s3://key:secret@bucket/a.tar") == "s3://bucket/a.tar"
+    assert storage.public_name("s3://key:sec/r+et@bucket/a.tar") == "s3://bucket/a.tar"
+    assert storage.public_name("https://host:8080/v@1/a.tar") == "https://host:8080/v@1/a.tar"
+    assert storage.public_name("s3://bucket/v@1/a.tar") == "s3://bucket/v@1/a.tar"
     assert storage.public_name("https://host/a.tar?X-Signature=secret") == "https://host/a.tar"
     assert storage.public_name("/folder/a?b.tar") == "/folder/a?b.tar"
 

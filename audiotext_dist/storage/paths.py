@@ -21,7 +21,8 @@ def public_name(path: str) -> str:
     """The path without user, password or query: safe for logs and error messages."""
     if not is_remote(path):
         return path
-    return re.sub(r"://[^/@]*@", "://", path).split("?", 1)[0]
+    # A password may hold a slash, as AWS's do; what follows a port does not count as one.
+    return re.sub(r"://(?:[^/@]*|[^/@:]+:(?!\d+/)[^@]*)@", "://", path).split("?", 1)[0]
 
 
 def join(folder: str, name: str) -> str:
