@@ -28,17 +28,17 @@ HELP = """Evaluate a run's newest checkpoint, or any exported weights, on its va
 
     python launch/evaluate.py run=runs/NAME                    (runs/NAME/checkpoints/best: not the newest one)
     python launch/evaluate.py run=runs/NAME data.validation.clotho.shards=FOLDER out=results
-    python launch/evaluate.py run=runs/NAME weights=FILE.safetensors
+    python launch/evaluate.py run=runs/NAME weights=FILE.safetensors out=results
     deepspeed launch/evaluate.py run=runs/NAME            (clips shared over all processes)
 
 Zero-shot, with a tower that the run was not trained with (here audio-text, through the pictures of an audio-image run):
     python launch/evaluate.py run=runs/NAME task=audio-text model.text.name=ViT-B-32-quickgelu \
         model.text.pretrained=openai data.validation.clotho.shards=FOLDER out=results
 
-Prints the table and writes it as retrieval.json into out (default: the run folder). examples/SET/queries.png there
-shows what was found for a few queries (evaluation.num_examples), queries.json says it, and their sounds lie beside it.
-data.validation.NAME.relevance is `labels`, or a file that says which captions truly describe which clips. Other keys
-are the recipe's:
+Prints the table and writes it as retrieval.json into out, which only the run's own evaluation done again does without:
+it goes into the run folder. examples/SET/queries.png there shows what was found for a few queries
+(evaluation.num_examples), queries.json says it, and their sounds lie beside it. data.validation.NAME.relevance is
+`labels`, or a file that says which captions truly describe which clips. Other keys are the recipe's:
 """
 
 
@@ -52,6 +52,8 @@ def main() -> None:
     if "run" not in own:
         raise UserError("no run to evaluate: give run=FOLDER")
     changes = [word for word in words if word.split("=", 1)[0] not in own]
+    if "out" not in own and (changes or "weights" in own):
+        raise UserError(f"what is asked for is not what {own['run']} was trained to: give out=FOLDER for the results")
     recipe = _read(Path(own["run"]), changes)
     if not recipe.data.validation:
         raise UserError("no set to evaluate: give data.validation.NAME.shards=FOLDER")

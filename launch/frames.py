@@ -47,6 +47,8 @@ def main() -> None:
     own = dict(word.split("=", 1) for word in words if word.startswith(("run=", "out=", "clips=", "world=")))
     if not {"run", "out"} <= own.keys():
         raise UserError("give run=FOLDER and out=FILE.png")
+    if not own["out"].endswith(".png"):
+        raise UserError(f"out={own['out']} must be a picture's name, such as frames.png")
     num_clips = own.get("clips", str(DEFAULT_NUM_CLIPS))
     if not num_clips.isdecimal() or int(num_clips) < 1:
         raise UserError(f"clips={num_clips} must be a whole number above 0")

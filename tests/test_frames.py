@@ -204,6 +204,9 @@ def test_a_multiframe_run_goes_on_to_captions_and_shows_its_frames(shards, tmp_p
         monkeypatch.setattr(sys, "argv", ["evaluate.py", f"run={run_dir}", "task=audio-text", f"out={out}", *words])
         evaluate.main()
 
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", f"run={run_dir}", "evaluation.batch_size=2"])
+    with pytest.raises(UserError, match="give out=FOLDER for the results"):
+        evaluate.main()
     with pytest.raises(UserError, match=r"has no text tower for task=audio-text: give model.text.init"):
         zero_shot()
     zero_shot(f"model.text.init={text_file}")

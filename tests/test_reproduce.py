@@ -167,6 +167,7 @@ def test_on_gpus_each_job_has_its_own(file, monkeypatch):
     [
         (["sedes=[1]"], "unknown key 'sedes': did you mean 'seeds'"),
         (["seeds=[]"], "has no seeds: give some"),
+        (["variables.num_trian=1"], r"has no variables\.num_trian: it has "),
         (["only=[third]"], "only=third is no row of .*: the rows are first, second"),
         (["rows.second.after=[third]"], "row 'second' of .* is after 'third', which is no row above it"),
         (["rows.second.paper.X=1"], "has the paper's 'X', which is no column"),

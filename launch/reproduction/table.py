@@ -118,6 +118,9 @@ def read_table(yaml_file: str, words: list[str]) -> Table:
         UserError: one line that names the key and the mend.
     """
     found = configuration.parse_unresolved(Table, words, yaml_file)
+    known = configuration.parse_unresolved(Table, [], yaml_file)["variables"]
+    if unknown := found["variables"].keys() - known.keys():
+        raise UserError(f"{yaml_file} has no variables.{min(unknown)}: it has {', '.join(sorted(known))}")
     columns = {name: Column(**column) for name, column in found.pop("columns").items()}
     rows = {name: Row(**row) for name, row in found.pop("rows").items()}
     lines = found.pop("lines")
