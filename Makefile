@@ -31,8 +31,8 @@ pretrain: $(READY)  ## the main job on the embedded corpus: generate, pack, trai
 	deepspeed --log_level warning --num_accelerators $(NUM_PROCESSES) launch/pretrain.py recipe=launch/recipes/soundscape/audio_text.yaml \
 		run_dir=$(RUN)
 
-test: $(READY)  ## the test suite, two files at a time
-	python -m pytest -n 2 --dist loadfile
+test: $(READY)  ## the test suite, in two processes that share what is left
+	python -m pytest -n 2 --dist worksteal
 
 bench: $(READY)  ## what a shard build, the reader and the loss cost: CPU time, memory; some 40 minutes
 	OMP_NUM_THREADS=1 python -m tests.bench.bench_build docs/build_memory.png

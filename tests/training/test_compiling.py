@@ -41,7 +41,7 @@ def test_other_sizes_of_batch_stop_compiling() -> None:
     compile_towers(compiled, backend="eager")
     assert list(compiled.state_dict()) == list(plain.state_dict())
     graphs = []
-    for num_clips in (6, 5, 3):
+    for num_clips in (4, 3, 2):  # of one of the chunks in which FBANK is made, each number of which is a graph
         inputs = inputs_of(plain, num_clips)
         sides = []
         for model in (plain, compiled):

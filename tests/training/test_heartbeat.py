@@ -59,6 +59,7 @@ def be_suspended(rank: int, port: int, said: Path) -> None:
     heartbeat.stop(together=True)
 
 
+@pytest.mark.faults
 def test_a_job_that_was_suspended_as_a_whole_goes_on(tmp_path: Path) -> None:
     port = free_port()
     ranks = [PROCESSES.Process(target=be_suspended, args=(rank, port, tmp_path)) for rank in range(2)]

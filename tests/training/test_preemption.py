@@ -94,6 +94,7 @@ def last_words_on_a_full_disk(rank: int, run_dir: Path, words: list[str]) -> lis
     return [line for line in said if line.startswith(("stopped", "code"))]
 
 
+@pytest.mark.faults
 def test_the_last_line_names_the_checkpoint_that_stands(tmp_path: Path, words: list[str]) -> None:
     first, _, second, _ = said = run_on_ranks(last_words_on_a_full_disk, 1, tmp_path, words)[0]
     assert said[1::2] == [f"code {EXIT_PREEMPTED}"] * 2
