@@ -29,7 +29,8 @@ pretrain: $(READY)  ## the main job on the embedded corpus: generate, pack, trai
 		sample_rate_hz=16000 frame_short_side_pixels=64
 	rm -rf $(RUN)
 	deepspeed --log_level warning --num_accelerators $(NUM_PROCESSES) launch/pretrain.py recipe=launch/recipes/soundscape/audio_text.yaml \
-		run_dir=$(RUN)
+		run_dir=$(RUN) data.train.soundscape.shards=$(CORPUS)/train data.validation.soundscape.shards=$(CORPUS)/test \
+		data.validation.soundscape.relevance=$(CORPUS)/media-test/relevance.jsonl
 
 test: $(READY)  ## the test suite, in two processes that share what is left
 	python -m pytest -n 2 --dist worksteal
