@@ -1,9 +1,10 @@
 """Captions for clips that have only a class: ``python -m shards.class_captions table=FILE class_column=NAME out=FILE``.
 
-1. The list is read as ``shards.build table`` reads it.
+1. The list is read as ``shards.build table`` reads it; ``rename={dog bark: dog}`` gives a class another one's name,
+   where a list tells one class in two ways.
 2. Each clip gets some of ten ways to say its class, drawn by its name: other clips of the class are told in other
    words, or by chance in the same ones. So a caption truly describes every clip of its class.
-3. The list is written again as JSON lines, with the captions in a column of their own.
+3. The list is written again as JSON lines, with the classes renamed and the captions in a column of their own.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -39,14 +40,16 @@ PHRASES = (
 class ClassCaptionsConfig:
     """The list and its columns.
 
-    table: csv, tsv, jsonl or parquet. class_column: the class, its words joined by spaces or underscores. name_column:
-    what tells clips apart. file_pattern: a clip's path in the folder that media= of the build names, made of columns
+    table: csv, tsv, jsonl or parquet. class_column: the class, its words joined by spaces or underscores. rename: the
+    name in place of a class's own, both as the list writes them; out holds it in class_column, too. name_column: what
+    tells clips apart. file_pattern: a clip's path in the folder that media= of the build names, made of columns
     (``fold{fold}/{name}``); null leaves the list's column file as it is. out: a .jsonl file. num_captions: of each
     clip. seed: of the draw.
     """
 
     table: str = "???"
     class_column: str = "???"
+    rename: dict[str, str] = field(default_factory=dict)
     name_column: str = "???"
     file_pattern: str | None = None
     out: str = "???"
@@ -64,18 +67,24 @@ def class_captions(config: ClassCaptionsConfig) -> int:
     """Write the list with captions; how many clips it has.
 
     Raises:
-        UserError: the list cannot be read, or lacks a column.
+        UserError: the list cannot be read, or lacks a column or a class to rename.
     """
     lines = []
+    not_met = set(config.rename)
     for place, row in read_rows(Path(config.table)):
         for column in (config.class_column, config.name_column):
             if not row.get(column):
                 raise UserError(f"{place} has nothing in column '{column}': its columns are {', '.join(row)}")
-        thing = str(row[config.class_column]).replace("_", " ").lower()
+        own = str(row[config.class_column])
+        not_met.discard(own)
+        row[config.class_column] = config.rename.get(own, own)
+        thing = row[config.class_column].replace("_", " ").lower()
         phrases = Random(f"{config.seed}/{row[config.name_column]}").sample(PHRASES, config.num_captions)
         captions = [_sentence(phrase.format(thing)) for phrase in phrases]
         file = {} if config.file_pattern is None else {"file": _path(config.file_pattern, row, place)}
         lines.append(json.dumps({**row, **file, "captions": captions}, ensure_ascii=False))
+    if not_met:
+        raise UserError(f"no clip of {config.table} is of class '{min(not_met)}': mend rename=")
     storage.write_bytes(config.out, "\n".join([*lines, ""]).encode())
     return len(lines)
 
@@ -95,7 +104,8 @@ def main() -> None:
     """The command."""
     words = sys.argv[1:]
     if not words or {"-h", "--help"} & set(words):
-        print(f"{inspect.cleandoc(__doc__ or '')}\n\nKeys:\n{describe(ClassCaptionsConfig)}")
+        meaning = inspect.cleandoc(ClassCaptionsConfig.__doc__ or "")
+        print(f"{inspect.cleandoc(__doc__ or '')}\n\n{meaning}\n\nKeys:\n{describe(ClassCaptionsConfig)}")
         return
     config = parse(ClassCaptionsConfig, words)
     print(f"{class_captions(config):,} clips with {config.num_captions} captions each in {config.out}")

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from audiotext_dist.configuration import parse
 from audiotext_dist.errors import UserError
 from shards.class_captions import ClassCaptionsConfig, class_captions
 from shards.sources.table import TableConfig, records
@@ -39,12 +40,23 @@ def test_each_clip_gets_its_own_wordings_of_its_class(folder):
     assert json.loads(first.splitlines()[0])["class"] == "siren"
 
 
+def test_a_renamed_class_has_its_new_name_in_captions_and_labels(folder):
+    words = [f"table={folder}/list.csv", "class_column=class", "name_column=file", f"out={folder}/x.jsonl"]
+    class_captions(parse(ClassCaptionsConfig, [*words, "rename={dog_bark: dog}"]))
+    table = TableConfig(table=str(folder / "x.jsonl"), dataset="x", caption_columns=["captions"], label_column="class")
+    built = list(records(table))
+    assert {label for record in built for label in record.labels} == {"dog", "siren"}
+    dogs = [caption.lower() for record in built if record.labels == ["dog"] for caption in record.captions]
+    assert len(dogs) == 60 and all("dog" in caption and "bark" not in caption for caption in dogs)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"class_column": "kind"}, "line 2 has nothing in column 'kind': its columns are file, class"),
         ({"file_pattern": "{fold}/{file}"}, "file_pattern={fold}/{file} asks for 'fold': its columns are file, class"),
         ({"num_captions": 11}, "num_captions=11: give a number from 1 to 10"),
+        ({"rename": {"dog_bark": "dog", "dog bark": "dog"}}, "list.csv is of class 'dog bark': mend rename="),
         ({"out": "clips.csv"}, "give a name that ends with .jsonl"),
     ],
 )
