@@ -47,7 +47,8 @@ def test_a_renamed_class_has_its_new_name_in_captions_and_labels(folder):
     built = list(records(table))
     assert {label for record in built for label in record.labels} == {"dog", "siren"}
     dogs = [caption.lower() for record in built if record.labels == ["dog"] for caption in record.captions]
-    assert len(dogs) == 60 and all("dog" in caption and "bark" not in caption for caption in dogs)
+    assert len(dogs) == 60
+    assert all("dog" in caption and "bark" not in caption for caption in dogs)
 
 
 @pytest.mark.parametrize(
