@@ -48,6 +48,7 @@ _DECIDED_BY = {
     "bf16": "training.precision",
     "torch_autocast": "training.precision",
     "amp": "training.precision",
+    "data_types": "training.precision",
     "activation_checkpointing": "engine.activation_checkpointing",
     "gradient_clipping": "optim.gradient_clipping",
     "train_batch_size": "training.global_batch_size",
@@ -56,8 +57,19 @@ _DECIDED_BY = {
     "zero_optimization.stage": "engine.zero_stage",
     "zero_allow_untested_optimizer": "it to true, since DeepSpeed knows none of these optimizers",
 }
-# Checkpoints gather the optimizer's parts over ranks from the devices that train, where NCCL reaches them.
-_OFFLOAD = ("offload_optimizer", "offload_param", "cpu_offload", "cpu_offload_param")
+_OFFLOADS = "checkpoints need the optimizer where it trains"  # NCCL gathers its parts over ranks from there
+# Keys under which the run would go wrong, mostly without a word: the one value that is fine, and why.
+_NEEDED: dict[str, tuple[Any, str]] = {
+    "managed_gradient_accumulation": (True, "else every micro-batch would be an update"),
+    "gradient_allreduce_op": ("mean", "since the mean over ranks of the losses is the batch's"),
+    "zero_optimization.round_robin_gradients": (False, "since LARS and checkpoints find parameters in plain order"),
+    "zero_optimization.compute_grad_norm": (True, "since the norm tells a sick step"),
+    "zero_optimization.offload_optimizer": (None, _OFFLOADS),
+    "zero_optimization.offload_param": (None, _OFFLOADS),
+    "zero_optimization.cpu_offload": (False, _OFFLOADS),
+    "zero_optimization.cpu_offload_param": (False, _OFFLOADS),
+    "zero_optimization.zenflow": (None, _OFFLOADS),
+}
 
 
 def deepspeed_config(
@@ -108,9 +120,10 @@ def _merge(own: dict[str, Any], given: dict[str, Any], prefix: str = "") -> list
                 contradictions += _merge(own[key], value, f"{path}.")
             else:
                 contradictions.append(f"{phrase} is no object, write {json.dumps(own[key])}")
-        elif prefix == "zero_optimization." and key in _OFFLOAD:
-            if value and not _is_off(value):
-                contradictions.append(f"{phrase} has no place here, checkpoints need the optimizer where it trains")
+        elif path in _NEEDED:
+            needed, reason = _NEEDED[path]
+            if value not in ("auto", needed, None) and not _is_off(value):
+                contradictions.append(f"{phrase} must be {json.dumps(needed)}, {reason}")
         elif path in _DECIDED_BY and value not in ("auto", own.get(key)) and not _is_off(value):
             says = f"is {json.dumps(own[key])}" if key in own else "has no place"
             contradictions.append(f"{phrase} {says} here, set {_DECIDED_BY[path]}")

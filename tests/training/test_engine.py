@@ -99,10 +99,19 @@ def test_every_key_that_contradicts_the_recipe_is_named(tmp_path: Path) -> None:
         ({"zero_allow_untested_optimizer": False}, "untested_optimizer=false there is true here, set it to true"),
         (
             {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
-            'offload_optimizer={"device": "cpu"} there has no place here, checkpoints need',
+            'offload_optimizer={"device": "cpu"} there must be null, checkpoints need',
         ),
         ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, "offload_param="),
         ({"zero_optimization": {"cpu_offload": True}}, "cpu_offload=true"),
+        ({"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}}, "zenflow="),
+        ({"zero_optimization": {"round_robin_gradients": True}}, "round_robin_gradients=true there must be false"),
+        ({"zero_optimization": {"compute_grad_norm": False}}, "compute_grad_norm=false there must be true"),
+        ({"managed_gradient_accumulation": False}, "managed_gradient_accumulation=false there must be true"),
+        ({"gradient_allreduce_op": "sum"}, 'gradient_allreduce_op="sum" there must be "mean"'),
+        (
+            {"data_types": {"grad_accum_dtype": "bf16"}},
+            'data_types={"grad_accum_dtype": "bf16"} there has no place here, set training.precision',
+        ),
     ],
 )
 def test_what_would_break_the_run_later_is_refused(tmp_path: Path, given: object, phrase: str) -> None:
@@ -114,8 +123,9 @@ def test_what_would_break_the_run_later_is_refused(tmp_path: Path, given: object
 
 def test_a_section_that_asks_for_nothing_is_left_out(tmp_path: Path) -> None:
     file = tmp_path / "ds.json"
-    off = {"offload_optimizer": {"device": "none"}, "offload_param": None, "cpu_offload": False}
-    file.write_text(json.dumps({"zero_optimization": off}))
+    off = {"offload_optimizer": {"device": "none"}, "offload_param": None, "cpu_offload": False, "zenflow": None}
+    fine = {"compute_grad_norm": True, "round_robin_gradients": False}
+    file.write_text(json.dumps({"zero_optimization": off | fine, "managed_gradient_accumulation": True}))
     assert told(file)["zero_optimization"] == {"stage": 1}
 
 
