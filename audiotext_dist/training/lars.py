@@ -40,7 +40,8 @@ class LARS(torch.optim.Optimizer):
             {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust_coefficient": trust_coefficient},
         )
         self._fragments: dict[torch.Tensor, Sequence[Fragment]] = {}
-        self._last_ratios: list[torch.Tensor] = []
+        # By parameter, since ZeRO makes a step of each group alone.
+        self._last_ratios: dict[torch.Tensor, torch.Tensor] = {}
 
     def note_fragments(self, flat: torch.Tensor, fragments: Sequence[Fragment]) -> None:
         """Say that ``flat``, among the parameters, is this rank's share of whole ones, as many on every rank.
@@ -50,10 +51,12 @@ class LARS(torch.optim.Optimizer):
         self._fragments[flat] = fragments
 
     def trust_ratios(self) -> dict[str, float]:
-        """Least, median and greatest trust ratio of the last ``step``, the same on every rank; empty before it."""
+        """Least, median and greatest trust ratio of the matrices' last updates, the same on every rank; empty before
+        the first ``step``.
+        """
         if not self._last_ratios:
             return {}
-        ratios = torch.cat(self._last_ratios)
+        ratios = torch.cat(list(self._last_ratios.values()))
         summary = torch.stack([ratios.min(), ratios.median(), ratios.max()]).tolist()
         return dict(zip(("trust_ratio_min", "trust_ratio_median", "trust_ratio_max"), summary, strict=True))
 
@@ -67,7 +70,6 @@ class LARS(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One update of every parameter that has a gradient."""
         loss = closure() if closure is not None else None
-        self._last_ratios.clear()
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -97,7 +99,7 @@ class LARS(torch.optim.Optimizer):
         ratio_P = coefficient * norm_P / update_norm_P
         # 1 where either norm is zero.
         ratio_P = ratio_P.where((norm_P > 0) & (update_norm_P > 0), 1.0)
-        self._last_ratios.append(ratio_P)
+        self._last_ratios[values] = ratio_P
         for place, ratio in zip(matrices, ratio_P, strict=True):
             update[place].mul_(ratio)
         return update

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -12,6 +13,7 @@ from torch import nn
 from audiotext_dist.distributed import World
 from audiotext_dist.training.engine import Engine, start_process_group
 from audiotext_dist.training.engine_config import EngineConfig, deepspeed_config
+from audiotext_dist.training.lars import LARS
 from audiotext_dist.training.optim import OptimConfig, build_optimizer, set_learning_rates
 from tests.ranks import run_on_ranks
 
@@ -28,6 +30,8 @@ OPTIM = OptimConfig(
     gradient_clipping=5.0,
 )
 Weights = list[list[float]]
+# Weights after the last step, and the trust ratios that would be logged of it.
+Trained = tuple[Weights, dict[str, float]]
 
 
 class Parameters(nn.Module):
@@ -50,7 +54,7 @@ def gradients_of(step: int) -> list[torch.Tensor]:
     return [torch.randn(shape, generator=generator) for shape in SHAPES]
 
 
-def in_one_process() -> Weights:
+def in_one_process() -> Trained:
     model = Parameters().double()
     optimizer = build_optimizer(model, OPTIM, global_batch_size=256)
     set_learning_rates(optimizer.param_groups, 1.0)
@@ -59,10 +63,11 @@ def in_one_process() -> Weights:
             value.grad = gradient.double()
         nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step()
-    return model.as_lists()
+    assert isinstance(optimizer, LARS)
+    return model.as_lists(), {f"optim/{name}": ratio for name, ratio in optimizer.trust_ratios().items()}
 
 
-def train(rank: int, world_size: int, zero_stage: int, start: Path | None, saved: Path) -> Weights:
+def train(rank: int, world_size: int, zero_stage: int, start: Path | None, saved: Path) -> Trained:
     model = Parameters()
     config = deepspeed_config(
         EngineConfig(zero_stage=zero_stage),
@@ -88,10 +93,10 @@ def train(rank: int, world_size: int, zero_stage: int, start: Path | None, saved
                 save_file(state, saved / "optimizer.safetensors")
                 weights = {key: value.clone() for key, value in model.state_dict().items()}
                 save_file(weights, saved / "model.safetensors")
-    return model.as_lists()
+    return model.as_lists(), engine.optimizer_metrics()
 
 
-def train_all(rank: int, world_size: int, starts: dict[str, Path | None], folder: Path) -> dict[str, Weights]:
+def train_all(rank: int, world_size: int, starts: dict[str, Path | None], folder: Path) -> dict[str, Trained]:
     os.environ.update(RANK=f"{rank}", LOCAL_RANK="0", WORLD_SIZE=f"{world_size}", LOCAL_WORLD_SIZE="1")
     start_process_group(World.from_environment())
     return {
@@ -113,11 +118,13 @@ def check_equal(found: Weights, expected: Weights, name: str) -> None:
 
 
 def test_fifty_steps_under_zero_are_those_of_one_process(tmp_path: Path) -> None:
-    expected = in_one_process()
+    expected, ratios = in_one_process()
+    assert len(set(ratios.values())) == 3
     starts: dict[str, Path | None] = {"start": None}
     for world_size in (2, 3):
         for of_rank in run_on_ranks(train_all, world_size, world_size, starts, tmp_path):
-            for name, found in of_rank.items():
+            for name, (found, found_ratios) in of_rank.items():
                 check_equal(found, expected, name)
+                assert found_ratios == pytest.approx(ratios, rel=1e-5), name
         # What two ranks saved, three go on from.
         starts["ZeRO 1 on 2"] = tmp_path / "start-1-2"
