@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -14,11 +13,20 @@ from audiotext_dist import configuration
 from audiotext_dist.data.shard import load_shards
 from audiotext_dist.errors import UserError, require_positive, run_for_people
 from audiotext_dist.evaluation.correspondence_picture import draw_queries
-from audiotext_dist.evaluation.correspondences import Judgement, annotated, judge, read_said, truth, truth_of_labels
+from audiotext_dist.evaluation.correspondences import (
+    Batches,
+    Judgement,
+    annotated,
+    chance,
+    judge,
+    read_said,
+    truth,
+    truth_of_labels,
+)
 from audiotext_dist.evaluation.retrieval import LABEL_RELEVANCE, read_relevance
 
 PICTURE, RESULTS = "correspondences.png", "correspondences.json"
-ALL = "all together"
+ALL, CHANCE = "all together", "by chance"
 HELP = f"""Look at what the teachers of stage 2 think of a set's clips and captions.
 
     python launch/correspondences.py shards=corpus/train features=[clip,passt,atst] out=runs/look \\
@@ -38,8 +46,9 @@ class LookConfig:
 
     features: names of what launch/embed.py run=RUN wrote of the shards. folder: where it lies, default beside them.
     relevance: a file that says which captions truly describe which clips, or ``labels``. max_clips: the set's first
-    ones. temperature, batch_size: of the targets. num_queries, top: captions in the picture, clips of each. seed: draws
-    the captions.
+    ones. temperature, batch_size: of the targets. num_draws: how often all clips are put into batches, as training
+    does it: in a new order, each with one of its captions. num_queries, top: captions in the picture, clips of each.
+    seed: draws batches and captions.
     """
 
     shards: str = "???"
@@ -50,12 +59,14 @@ class LookConfig:
     max_clips: int = 1000
     temperature: float = 0.05
     batch_size: int = 64
+    num_draws: int = 5
     num_queries: int = 4
     top: int = 50
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_positive(self, "correspondences", "max_clips", "temperature", "batch_size", "num_queries", "top")
+        require_positive(self, "correspondences", "max_clips", "temperature", "batch_size", "num_draws")
+        require_positive(self, "correspondences", "num_queries", "top")
         if not self.features:
             raise UserError("no teachers to look at: give features=[NAME, ...]")
 
@@ -74,11 +85,12 @@ def main() -> None:
     groups = {name: [name] for name in config.features}
     if len(config.features) > 1:
         groups[ALL] = config.features
+    batches = Batches(size=config.batch_size, num_draws=config.num_draws, seed=config.seed)
     judgements = {
-        name: judge(said, teachers, true_KC, temperature=config.temperature, batch_size=config.batch_size)
-        for name, teachers in groups.items()
+        name: judge(said, teachers, true_KC, config.temperature, batches) for name, teachers in groups.items()
     }
-    share_true = None if true_KC is None else float(true_KC.mean())
+    if true_KC is not None:
+        judgements[CHANCE] = chance(said, true_KC, batches)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     drawn = np.random.default_rng(config.seed).permutation(len(said.captions))[: config.num_queries]
@@ -87,29 +99,26 @@ def main() -> None:
         "num_clips": len(said.keys),
         "num_captions": len(said.captions),
         "share_annotated": float(annotated(said).mean()),
-        "share_true": share_true,
         "teachers": {name: asdict(judgement) for name, judgement in judgements.items()},
     }
     (out / RESULTS).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(_table(judgements, share_true, f"{len(said.keys):,} clips and {len(said.captions):,} captions", config))
+    print(_table(judgements, f"{len(said.keys):,} clips and {len(said.captions):,} captions", config))
     print(f"\n{out / PICTURE}")
 
 
-def _table(judgements: dict[str, Judgement], share_true: float | None, size: str, config: LookConfig) -> str:
-    columns = ["AP over pairs", "mass on its caption", "mass on true captions"]
+def _table(judgements: dict[str, Judgement], size: str, config: LookConfig) -> str:
+    columns = ["AP over pairs", "AP without own captions", "mass on its caption", "mass on true captions"]
     width = max(map(len, judgements))
     lines = [f"{size}; per cent; masses in batches of {config.batch_size}, temperature {config.temperature:g}"]
     lines.append(" " * width + "".join(f"{column:>24}" for column in columns))
-    for name, judgement in judgements.items():
-        cells = _cells([judgement.average_precision, judgement.mass_annotated, judgement.mass_true])
-        lines.append(f"{name:{width}}{cells}")
-    if share_true is not None:
-        lines.append(f"{'chance':{width}}{_cells([share_true, 1 / config.batch_size, None])}")
+    for name, found in judgements.items():
+        values = [found.average_precision, found.average_precision_unannotated, found.mass_annotated, found.mass_true]
+        lines.append(f"{name:{width}}" + "".join(f"{_percent(value):>24}" for value in values))
     return "\n".join(lines)
 
 
-def _cells(values: Sequence[float | None]) -> str:
-    return "".join(f"{'-' if value is None else f'{100 * value:.2f}':>24}" for value in values)
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f}"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ Shapes: K clips, C captions of all of them, E embedding of a teacher.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,49 +131,92 @@ def truth_of_labels(said: Said) -> NDArray[np.bool_]:
 class Judgement:
     """How good a teacher, or several, is.
 
-    average_precision: of its cosines over all pairs, where what is true is known. mass_annotated, mass_true: of the
-    targets that a batch gets of it, the share on a clip's own caption, and on all captions that truly describe it.
+    mass_annotated, mass_true: of the targets that a batch gets of it, the share on a clip's own caption, and on all
+    captions that truly describe it, where that is known. average_precision: of its cosines over all pairs;
+    average_precision_unannotated: the same without each clip's own captions, with which the teacher was trained,
+    None where no other pair is true.
     """
 
     mass_annotated: float
-    average_precision: float | None = None
     mass_true: float | None = None
+    average_precision: float | None = None
+    average_precision_unannotated: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batches:
+    """Batches as training draws them, over whose captions the targets are softmaxed.
+
+    size: clips, each with one of its captions. num_draws: times that all clips are put in a new order, each with a
+    caption drawn anew.
+    """
+
+    size: int
+    num_draws: int = 5
+    seed: int = 0
+
+    def draw(self, said: Said) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """Clips and the caption of each, in whole batches (or one smaller one); a clip without captions has no part."""
+        generator = np.random.default_rng(self.seed)
+        captioned, first_caption, num_captions = np.unique(said.clip_C, return_index=True, return_counts=True)
+        size = min(self.size, len(captioned))
+        for _ in range(self.num_draws):
+            order = generator.permutation(len(captioned))
+            caption = first_caption[order] + generator.integers(num_captions[order])
+            for at in range(0, len(order) - size + 1, size):
+                yield captioned[order[at : at + size]], caption[at : at + size]
 
 
 def judge(
-    said: Said, teachers: Sequence[str], true_KC: NDArray[np.bool_] | None, *, temperature: float, batch_size: int
+    said: Said, teachers: Sequence[str], true_KC: NDArray[np.bool_] | None, temperature: float, batches: Batches
 ) -> Judgement:
     """Judge the mean of some teachers.
 
     Args:
         true_KC: what is true, None where nobody knows.
-        batch_size: clips, each with one caption of its own, over whose captions the targets are softmaxed.
+
+    Raises:
+        UserError: no pair is true.
     """
     cosine_KC = said.cosines(teachers)
-    written_KC = annotated(said)
-    pairs = [(written_KC[clips][:, captions], clips, captions) for clips, captions in _batches(said, batch_size)]
-    targets = [softmax(cosine_KC[np.ix_(clips, captions)] / temperature) for _, clips, captions in pairs]
-    own = [(target * written).sum(axis=1) for target, (written, _, _) in zip(targets, pairs, strict=True)]
-    mass_annotated = float(np.concatenate(own).mean())
+    mass_annotated, mass_true = _masses(said, cosine_KC, true_KC, temperature, batches)
     if true_KC is None:
         return Judgement(mass_annotated=mass_annotated)
-    on_true = [
-        (target * true_KC[np.ix_(clips, captions)]).sum(axis=1)
-        for target, (_, clips, captions) in zip(targets, pairs, strict=True)
-    ]
+    others_KC = ~annotated(said)
+    has_others = true_KC[others_KC].any()
     return Judgement(
         mass_annotated=mass_annotated,
+        mass_true=mass_true,
         average_precision=average_precision(cosine_KC.ravel(), true_KC.ravel()),
-        mass_true=float(np.concatenate(on_true).mean()),
+        average_precision_unannotated=(
+            average_precision(cosine_KC[others_KC], true_KC[others_KC]) if has_others else None
+        ),
     )
 
 
-def _batches(said: Said, batch_size: int) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """The clips that have a caption, in order, each with one of its own, in whole batches (or one smaller one)."""
-    captioned, first_caption = np.unique(said.clip_C, return_index=True)
-    num_whole = max(1, len(captioned) // batch_size)
-    starts = range(0, num_whole * batch_size, batch_size)
-    return [(captioned[at : at + batch_size], first_caption[at : at + batch_size]) for at in starts]
+def chance(said: Said, true_KC: NDArray[np.bool_], batches: Batches) -> Judgement:
+    """What a teacher is worth that finds every pair equally near."""
+    mass_annotated, mass_true = _masses(said, np.zeros(true_KC.shape, np.float32), true_KC, 1.0, batches)
+    return Judgement(
+        mass_annotated=mass_annotated,
+        mass_true=mass_true,
+        average_precision=float(true_KC.mean()),
+        average_precision_unannotated=float(true_KC[~annotated(said)].mean()) if true_KC.shape[0] > 1 else None,
+    )
+
+
+def _masses(
+    said: Said, cosine_KC: NDArray[np.float32], true_KC: NDArray[np.bool_] | None, temperature: float, batches: Batches
+) -> tuple[float, float | None]:
+    """The mean share of a clip's target that lies on its own caption, and on all true ones."""
+    on_own, on_true = [], []
+    for clips, captions in batches.draw(said):
+        pairs = np.ix_(clips, captions)
+        target = softmax(cosine_KC[pairs] / temperature)
+        on_own.append(np.diagonal(target).mean())
+        if true_KC is not None:
+            on_true.append((target * true_KC[pairs]).sum(axis=1).mean())
+    return float(np.mean(on_own)), None if true_KC is None else float(np.mean(on_true))
 
 
 def softmax(scores_KC: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -13,7 +13,17 @@ from audiotext_dist.data.encoders import Encoder
 from audiotext_dist.data.feature_files import OFFSETS, FeatureHeader, content_sha256
 from audiotext_dist.data.shard import load_shards
 from audiotext_dist.errors import UserError
-from audiotext_dist.evaluation.correspondences import average_precision, judge, read_said, truth, truth_of_labels
+from audiotext_dist.evaluation.correspondences import (
+    Batches,
+    Said,
+    annotated,
+    average_precision,
+    chance,
+    judge,
+    read_said,
+    truth,
+    truth_of_labels,
+)
 from launch import correspondences
 from tests.clips import make_sample, write_shards
 
@@ -62,19 +72,56 @@ def folder(tmp_path):
 
 def test_mass_and_precision_of_known_teachers(folder):
     said = read_said(load_shards(str(folder / "set")), ["right", "wrong"], None, max_clips=100)
+    batches = Batches(size=NUM_CLIPS, num_draws=500)
     own = np.zeros((NUM_CLIPS, 2 * NUM_CLIPS), bool)
     own[np.arange(NUM_CLIPS), 2 * np.arange(NUM_CLIPS)] = True
     e = np.exp(1.0)
-    right, wrong, both = (
-        judge(said, names, own, temperature=1.0, batch_size=3) for names in (["right"], ["wrong"], ["right", "wrong"])
-    )
+    right, wrong, both = (judge(said, names, own, 1.0, batches) for names in (["right"], ["wrong"], ["right", "wrong"]))
     assert right.average_precision == 1
     assert wrong.average_precision < both.average_precision < 1
-    assert right.mass_annotated == pytest.approx(e / (e + 2))
-    # In each batch of three, two of the clips sound like another one's caption, and one like nobody's.
-    assert wrong.mass_annotated == pytest.approx((2 / (e + 2) + 1 / 3) / 3)
-    assert right.mass_true == right.mass_annotated
-    assert judge(said, ["right"], None, temperature=1.0, batch_size=3).mass_true is None
+    assert right.average_precision_unannotated is None
+    # Each clip comes as often with caption 0, which its teacher knows, as with caption 1, which is like nothing.
+    assert right.mass_annotated == pytest.approx((e / (e + 5) + 1 / 6) / 2, abs=0.006)
+    assert wrong.mass_annotated == pytest.approx((1 / (e + 5) + 1 / 6) / 2, abs=0.006)
+    assert right.mass_true == pytest.approx(e / (e + 5) / 2, abs=0.006)
+    assert judge(said, ["right"], None, 1.0, batches).mass_true is None
+
+
+def test_the_mass_on_other_true_captions_counts_every_caption_not_the_first(folder):
+    said = read_said(load_shards(str(folder / "set")), ["right"], None, max_clips=100)
+    second_captions = annotated(said)
+    second_captions[:, 1::2] = True
+    found = chance(said, second_captions, Batches(size=4, num_draws=500))
+    assert found.mass_annotated == 1 / 4
+    assert found.mass_true == pytest.approx(1 / 4 + 3 / 4 / 2, abs=0.02)
+
+
+def test_precision_without_the_pairs_that_were_written(folder):
+    said = read_said(load_shards(str(folder / "set")), ["right", "wrong"], None, max_clips=100)
+    true_KC = (said.cosines(["right"]) > 0.5) | (said.cosines(["wrong"]) > 0.5)
+    right, wrong = (judge(said, [name], true_KC, 1.0, Batches(size=3)) for name in ("right", "wrong"))
+    others = 2 * NUM_CLIPS**2 - 2 * NUM_CLIPS
+    # Six of the twelve true pairs are the clips' own; of the other six one teacher knows nothing, one everything.
+    assert right.average_precision == pytest.approx(wrong.average_precision)
+    assert wrong.average_precision_unannotated == 1
+    assert right.average_precision_unannotated < 2 * NUM_CLIPS / others
+    by_chance = chance(said, true_KC, Batches(size=3))
+    assert by_chance.average_precision == 2 * NUM_CLIPS / (2 * NUM_CLIPS**2)
+    assert by_chance.average_precision_unannotated == NUM_CLIPS / others
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=12).filter(any), st.integers(1, 8), st.integers(0, 9))
+def test_batches_hold_clips_once_with_captions_of_their_own(num_captions, size, seed):
+    clip_C = np.repeat(np.arange(len(num_captions)), num_captions)
+    said = Said(keys=[], labels=[], captions=[], clip_C=clip_C, number_C=clip_C, audio={}, text={})
+    captioned = np.count_nonzero(num_captions)
+    whole = min(size, captioned)
+    drawn = list(Batches(size=size, num_draws=3, seed=seed).draw(said))
+    assert [len(clips) for clips, _ in drawn] == [whole] * (3 * (captioned // whole))
+    assert all((clip_C[captions] == clips).all() for clips, captions in drawn)
+    for one in range(3):
+        clips = np.concatenate([clips for clips, _ in drawn[one * (captioned // whole) :][: captioned // whole]])
+        assert len(set(clips.tolist())) == len(clips)
 
 
 def test_truth_names_clips_and_captions_by_their_keys(folder):
@@ -96,7 +143,9 @@ def test_the_command_writes_a_table_and_a_picture(folder, monkeypatch, capsys):
     assert "all together" in capsys.readouterr().out
     found = json.loads((folder / "out" / "correspondences.json").read_text())
     assert (found["num_clips"], found["num_captions"]) == (NUM_CLIPS, 2 * NUM_CLIPS)
-    assert found["share_true"] == pytest.approx((2 * NUM_CLIPS - 1) / (2 * NUM_CLIPS**2))
+    by_chance = found["teachers"]["by chance"]
+    assert by_chance["average_precision"] == pytest.approx((2 * NUM_CLIPS - 1) / (2 * NUM_CLIPS**2))
+    assert by_chance["average_precision_unannotated"] == (NUM_CLIPS - 1) / (2 * NUM_CLIPS * (NUM_CLIPS - 1))
     assert found["teachers"]["right"]["average_precision"] > found["teachers"]["wrong"]["average_precision"]
     assert (folder / "out" / "correspondences.png").read_bytes().startswith(b"\x89PNG")
 
