@@ -1,7 +1,7 @@
 """Remote shards on a node's own disk: fetched whole, once for all its processes, the longest unused removed first.
 
-1. A file's name holds a digest of its full URL, so equal base names cannot meet. Its time of change is when it was
-   last opened.
+1. A file's name holds a digest of its full URL, so equal base names cannot meet, and of its content's SHA-256 where
+   that is known, so a shard that was built anew is another file. Its time of change is when it was last opened.
 2. Who does not find a file takes its lock, makes room, and fetches it as ``NAME.part``, whose full size is set at
    once: so the sizes in the folder are what the cache takes up, fetches under way included.
 3. What has arrived is checked against the index, then renamed. A reader gets it open: removed meanwhile, it stays
@@ -62,14 +62,15 @@ class NodeCache:
         counts = ReadCounts() if counts is None else counts
         if not storage.is_remote(path):
             return os.open(path.removeprefix("file://"), os.O_RDONLY)
-        found = self._open_cached(path, num_bytes)
+        name = name_of(path, sha256)
+        found = self._open_cached(name, num_bytes)
         if found is not None:
             counts.cache_hits += 1
             return found
         counts.prefetch_waits += 1
-        with self._folder.alone(name_of(path)):
+        with self._folder.alone(name):
             # Another process may have fetched it while this one waited for the lock.
-            found = self._open_cached(path, num_bytes)
+            found = self._open_cached(name, num_bytes)
             return self._fetch(path, num_bytes, sha256, counts) if found is None else found
 
     def fetch_ahead(self, path: str, *, num_bytes: int, sha256: str | None, counts: ReadCounts) -> bool:
@@ -78,12 +79,13 @@ class NodeCache:
         Raises:
             UserError: as ``open``.
         """
+        name = name_of(path, sha256)
         try:
             with contextlib.ExitStack() as held:
-                descriptor = self._open_cached(path, num_bytes)
+                descriptor = self._open_cached(name, num_bytes)
                 if descriptor is None:
-                    held.enter_context(self._folder.alone(name_of(path), wait=False))
-                    descriptor = self._open_cached(path, num_bytes)
+                    held.enter_context(self._folder.alone(name, wait=False))
+                    descriptor = self._open_cached(name, num_bytes)
                 if descriptor is None:
                     descriptor = self._fetch(path, num_bytes, sha256, counts)
                 os.close(descriptor)
@@ -91,9 +93,15 @@ class NodeCache:
         except Timeout:
             return False
 
-    def forget(self, path: str) -> None:
-        """Remove what is held of a remote file, which has another content now."""
-        self._folder.file(name_of(path)).unlink(missing_ok=True)
+    def forget(self, path: str, sha256: str | None = None) -> None:
+        """Remove what is held of a remote file, which is not what it should be."""
+        self._folder.file(name_of(path, sha256)).unlink(missing_ok=True)
+
+    def know(self, path: str, sha256: str) -> None:
+        """Say what the content of a remote file is that was opened without; who asks for that finds it here."""
+        if storage.is_remote(path):
+            with contextlib.suppress(FileNotFoundError):  # driven out meanwhile
+                self._folder.file(name_of(path)).replace(self._folder.file(name_of(path, sha256)))
 
     def wishes(self) -> AbstractContextManager[Callable[[Iterable[str]], None]]:
         """See ``CacheFolder``."""
@@ -109,7 +117,7 @@ class NodeCache:
             found = self._read_note(name, identity)
             if found is None:
                 # The shard itself, if it is here, may be of the old identity as well.
-                self._folder.file(name_of(path)).unlink(missing_ok=True)
+                self.forget(path)
                 found = make()
                 try:
                     with contextlib.closing(self._folder.reserve(name, len(identity) + 1 + len(found))) as part:
@@ -131,8 +139,8 @@ class NodeCache:
             return note if kept == identity.encode() else None
         return None
 
-    def _open_cached(self, path: str, num_bytes: int | None) -> int | None:
-        file = self._folder.file(name_of(path))
+    def _open_cached(self, name: str, num_bytes: int | None) -> int | None:
+        file = self._folder.file(name)
         try:
             descriptor = os.open(file, os.O_RDONLY)
         except FileNotFoundError:
@@ -145,7 +153,7 @@ class NodeCache:
 
     def _fetch(self, path: str, num_bytes: int | None, sha256: str | None, counts: ReadCounts) -> int:
         """Fetch what is locked; a descriptor of it."""
-        name = name_of(path)
+        name = name_of(path, sha256)
         counts.cache_misses += 1
         try:
             if num_bytes is None:

@@ -90,12 +90,12 @@ class CacheFolder:
 
     @contextlib.contextmanager
     def wishes(self) -> Iterator[Callable[[Iterable[str]], None]]:
-        """Yield a function that says which files this process will read soon, in place of those it said before."""
+        """Yield a function that says by name which files this process will read soon, in place of those before."""
         own = uuid.uuid4().hex
 
-        def say(paths: Iterable[str]) -> None:
+        def say(names: Iterable[str]) -> None:
             written = self.file(own + _PART)
-            written.write_text("\n".join(map(name_of, paths)))
+            written.write_text("\n".join(names))
             written.replace(self.file(own + _WANTED))
 
         with self.alone(own):
@@ -127,10 +127,11 @@ class CacheFolder:
                         self.file(name + suffix).unlink(missing_ok=True)
 
 
-def name_of(path: str) -> str:
-    """The name of a path's file in the folder."""
+def name_of(path: str, sha256: str | None = None) -> str:
+    """The name in the folder of a path's file, with this content where it is known."""
     path = path if storage.is_remote(path) else str(Path(path).absolute())
-    return f"{hashlib.sha256(path.encode()).hexdigest()[:20]}-{Path(urlsplit(path).path).name}"
+    digest = hashlib.sha256(f"{path} {sha256 or ''}".encode()).hexdigest()
+    return f"{digest[:20]}-{Path(urlsplit(path).path).name}"
 
 
 def touch(file: Path) -> None:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from audiotext_dist import storage
 from audiotext_dist.data.cache import NodeCache
+from audiotext_dist.data.cache_folder import name_of
 from audiotext_dist.data.read_counts import ReadCounts
 from audiotext_dist.data.shard import Shard
 from audiotext_dist.errors import UserError
@@ -154,7 +155,7 @@ class _Thread(threading.Thread):
         """Fetch what is missing, until there is a newer step to begin with."""
         shard_of = self._within_budget(step)
         if list(shard_of) != list(self._wanted):
-            say(file.path for file in shard_of)
+            say(name_of(file.path, file.sha256) for file in shard_of)
         # What was driven out again is not fetched twice: where the cache is too small that would never end.
         self._wanted = {file: self._wanted.get(file, False) for file in shard_of}
         for file, is_done in self._wanted.items():

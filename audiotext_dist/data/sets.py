@@ -70,7 +70,7 @@ class DataConfig:
     num_workers: int = 2  # DataLoader workers a rank
     max_bad_share: float = 0.01  # of the samples read so far; above it, and ten of them, the run stops
     max_audio_seconds: float = 3600.0  # a longer sound is a bad sample
-    verify: Verify = "size"  # of a local shard when it is opened; sha256 reads it whole once a worker
+    verify: Verify = "size"  # of a shard when it is opened; sha256 reads it whole once a worker
     cache_dir: str = field(default_factory=default_folder)
     cache_bytes: int = NodeCache.max_bytes
     fetch_retries: int = RetryConfig.retries

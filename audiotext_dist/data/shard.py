@@ -209,9 +209,11 @@ def _scanned_index(path: str, name: str, cache: NodeCache) -> ShardIndex:
     def scan() -> bytes:
         descriptor = cache.open(path)
         try:
-            return scan_tar(Path(f"/proc/self/fd/{descriptor}"), name).to_json()
+            index = scan_tar(Path(f"/proc/self/fd/{descriptor}"), name)
         finally:
             os.close(descriptor)
+        cache.know(path, index.sha256)
+        return index.to_json()
 
     identity = json.dumps(storage.identity(path, cache.retry), sort_keys=True)
     return ShardIndex.from_json(cache.note(path, INDEX_SUFFIX, identity, scan), storage.public_name(path))

@@ -27,8 +27,8 @@ class ShardReader:
 
     Args:
         cache: where remote shards are held.
-        verify: what is checked of a local shard when it is first opened: its size, or all of its bytes. Each
-            member's own checksum is checked whenever it is read.
+        verify: what is checked of a shard when it is first opened: its size, or all of its bytes. Each member's own
+            checksum is checked whenever it is read, and all of a remote shard's bytes when they arrive.
         max_open_files: least recently used shards are closed above this number.
     """
 
@@ -78,12 +78,7 @@ class ShardReader:
             return self._opened[number]
         shard = self._shards[number]
         index = shard.index
-        try:
-            descriptor = self._cache.open(
-                shard.path, num_bytes=shard.num_bytes, sha256=shard.sha256, counts=self._counts
-            )
-        except OSError as error:
-            raise _unreadable(shard, error) from None
+        descriptor = self._descriptor(shard)
         found_bytes = os.fstat(descriptor).st_size
         if found_bytes != index.shard_bytes:
             os.close(descriptor)
@@ -92,23 +87,33 @@ class ShardReader:
                 "build or copy the shard again"
             )
         if self._verify == "sha256" and number not in self._verified:
-            self._check_all_bytes(descriptor, shard)
+            descriptor = self._checked(descriptor, shard)
             self._verified.add(number)
         self._opened[number] = descriptor, index
         if len(self._opened) > self._max_open_files:
             os.close(self._opened.popitem(last=False)[1][0])
         return descriptor, index
 
-    @staticmethod
-    def _check_all_bytes(descriptor: int, shard: Shard) -> None:
+    def _descriptor(self, shard: Shard) -> int:
+        try:
+            return self._cache.open(shard.path, num_bytes=shard.num_bytes, sha256=shard.sha256, counts=self._counts)
+        except OSError as error:
+            raise _unreadable(shard, error) from None
+
+    def _checked(self, descriptor: int, shard: Shard) -> int:
+        """The shard's descriptor when all of its bytes are right; what was damaged in the cache is fetched again."""
         with open(descriptor, "rb", closefd=False) as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != shard.sha256:
-            os.close(descriptor)
-            raise UserError(
-                f"{storage.public_name(shard.path)} has changed since its index was made (SHA-256): "
-                "build or copy the shard again"
-            )
+        if found == shard.sha256:
+            return descriptor
+        os.close(descriptor)
+        if storage.is_remote(shard.path):
+            self._cache.forget(shard.path, shard.sha256)
+            return self._descriptor(shard)
+        raise UserError(
+            f"{storage.public_name(shard.path)} has changed since its index was made (SHA-256): "
+            "build or copy the shard again"
+        )
 
     def take_counts(self) -> ReadCounts:
         """What reading cost since the last call."""

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from audiotext_dist.data.cache import NodeCache
+from audiotext_dist.data.cache_folder import name_of
 from audiotext_dist.data.read_counts import ReadCounts
 from audiotext_dist.errors import UserError
 from audiotext_dist.retry import MAX_PAUSE_SECONDS, RetryConfig
@@ -88,6 +89,24 @@ def test_equal_base_names_do_not_meet(tmp_path: Path) -> None:
     assert [read(cache, f"memory://{folder}/0.tar", folder.encode()) for folder in ("one", "two")] == [b"one", b"two"]
 
 
+def test_a_file_that_was_made_anew_with_as_many_bytes_is_another_file(tmp_path: Path) -> None:
+    cache = NodeCache(folder=str(tmp_path))
+    for content in (b"dog", b"cat", b"cat"):
+        (url,) = in_memory(a=content).values()
+        assert read(cache, url, content) == content
+
+
+def test_a_file_that_was_opened_to_learn_its_content_is_found_under_it(tmp_path: Path) -> None:
+    cache = NodeCache(folder=str(tmp_path))
+    (url,) = in_memory(a=CONTENT).values()
+    os.close(cache.open(url))
+    cache.know(url, hashlib.sha256(CONTENT).hexdigest())
+    counts = ReadCounts()
+    assert read(cache, url, CONTENT, counts) == CONTENT
+    assert counts == ReadCounts(cache_hits=1)
+    assert held(cache) == {"a.tar"}
+
+
 def test_a_file_that_is_open_can_be_given_up_and_still_be_read(tmp_path: Path) -> None:
     cache = NodeCache(folder=str(tmp_path), max_bytes=10)
     urls = in_memory(a=b"a" * 10, b=b"b" * 10)
@@ -103,7 +122,7 @@ def test_what_somebody_says_to_need_soon_goes_last(tmp_path: Path) -> None:
     contents = {name: name.encode() * 10 for name in "abcd"}
     urls = in_memory(**contents)
     with cache.wishes() as say:
-        say([urls["a"]])
+        say([name_of(urls["a"], hashlib.sha256(contents["a"]).hexdigest())])
         for name in "abc":
             read(cache, urls[name], contents[name])
         assert {name for name in held(cache) if name} == {"a.tar", "c.tar"}
@@ -273,7 +292,10 @@ def test_a_fetch_under_way_is_waited_for_counted_and_left_alone(tmp_path: Path, 
                     (url,) = in_memory(**{name: b"s" * 1000}).values()
                     read(cache, url, b"s" * 1000)
                     assert held(cache) == {"a.tar.lock", "a.tar.part", f"{name}.tar"}
-                ahead = cache.fetch_ahead(f"{address}/a.tar", num_bytes=len(CONTENT), sha256="", counts=ReadCounts())
+                digest = hashlib.sha256(CONTENT).hexdigest()
+                ahead = cache.fetch_ahead(
+                    f"{address}/a.tar", num_bytes=len(CONTENT), sha256=digest, counts=ReadCounts()
+                )
                 assert not ahead
             finally:
                 released.set()

@@ -27,7 +27,7 @@ from audiotext_dist.data.read_counts import ReadCounts
 from audiotext_dist.data.sets import DataConfig, SetConfig, make_plan, warn_of_small_cache
 from audiotext_dist.data.shard import Shard, _listed_index, load_shards
 from audiotext_dist.data.shard_list import LIST_NAME, write_list
-from audiotext_dist.data.shard_reader import ShardReader
+from audiotext_dist.data.shard_reader import ShardReader, Verify
 from audiotext_dist.data.workers import in_step, iterate
 from audiotext_dist.distributed import World, sums_over_ranks
 from audiotext_dist.errors import UserError
@@ -207,6 +207,32 @@ def test_a_shard_that_was_copied_into_a_bucket_and_not_listed_is_named(
     assert said("s3://bucket/listed/{00000,00001}.tar") == said("s3://bucket/listed/*1.tar") == []
     (warning,) = said("s3://bucket/listed")
     assert warning.startswith("s3://bucket/listed has 00002.tar, which its shards.parquet lacks")
+
+
+@pytest.mark.parametrize("verify", ["size", "sha256"])
+def test_a_shard_that_was_built_anew_to_the_same_size_is_fetched_anew(
+    tmp_path: Path, cache: NodeCache, verify: Verify
+) -> None:
+    store, sizes = fsspec.filesystem("memory"), set()
+    for captions in (["a dog barks"], ["a cat meows loudly"]):
+        built = Path(write_shards(tmp_path / captions[0], [[make_sample(0, num_frames=0, captions=captions)]]))
+        sizes.add((built / "00000.tar").stat().st_size)
+        for file in built.iterdir():
+            store.pipe_file(f"/anew/{verify}/{file.name}", file.read_bytes())
+        reader = ShardReader(load_shards(f"memory://anew/{verify}", cache), cache, verify=verify)
+        assert json.loads(reader.read(0, 0, "json"))["text"] == captions
+    assert len(sizes) == 1
+
+
+def test_a_shard_that_is_damaged_in_the_cache_is_fetched_again_where_all_bytes_are_looked_at(
+    site: str, folder: Path, cache: NodeCache
+) -> None:
+    shards = load_shards(f"{site}/set/00000.tar", cache)
+    expected = ShardReader(shards, cache).read(0, 0, "flac")
+    (held,) = shards_in(cache)
+    held.write_bytes(bytes(held.stat().st_size))
+    assert ShardReader(shards, cache, verify="sha256").read(0, 0, "flac") == expected
+    assert held.read_bytes() == (folder / "00000.tar").read_bytes()
 
 
 def test_a_cache_that_is_too_small_still_gives_every_batch(folder: Path, site: str, cache: NodeCache) -> None:
@@ -401,6 +427,7 @@ def test_a_remote_tar_without_an_index_is_scanned_once(elsewhere: Path, cache: N
     with web_server(elsewhere.parent) as origin, proxy(origin, count) as address:
         (first,) = load_shards(f"{address}/0.tar", cache)
         num_gets = len(fetched)
+        assert ShardReader([first], cache).read(0, 0, "flac")  # as it was fetched for the scan
         (second,) = load_shards(f"{address}/0.tar", cache)
         again = len(fetched) - num_gets
         for path in shards_in(cache):
