@@ -150,12 +150,41 @@ def test_the_command_writes_a_table_and_a_picture(folder, monkeypatch, capsys):
     assert (folder / "out" / "correspondences.png").read_bytes().startswith(b"\x89PNG")
 
 
+def look(folder, monkeypatch, *words):
+    given = [f"shards={folder / 'set'}", f"out={folder / 'out'}", f"relevance={folder / 'relevance.jsonl'}"]
+    monkeypatch.setattr(sys, "argv", ["correspondences.py", *given, *words])
+    correspondences.main()
+    return json.loads((folder / "out" / "correspondences.json").read_text())["pairs"]
+
+
+def test_pairs_are_chosen_by_name_and_told_one_by_one(folder, monkeypatch):
+    words = ["features=[wrong]", "temperature=1", "batch_size=100", "seed=3", "max_clips=100"]
+    by_key, by_text = look(folder, monkeypatch, *words, "queries=['clip-0002:1', sound 4]")
+    assert (by_key["clip"], by_key["caption"]) == ("clip-0002", "tone number 2")
+    assert (by_text["clip"], by_text["caption"]) == ("clip-0004", "sound 4")
+    own, others = by_key["mass_annotated"], [each for each in by_key["most_mass"] if not each["is_annotated"]]
+    # Its own caption 1 is like nothing; caption 0 of clip 3 is what the clip sounds like, if it was drawn.
+    e = np.exp(1.0)
+    assert own == pytest.approx(1 / (5 + e) if others[0]["mass"] > own else 1 / 6)
+    assert len(by_key["most_mass"]) == 5
+    assert [each["mass"] for each in by_key["most_mass"]] == sorted([each["mass"] for each in by_key["most_mass"]])[
+        ::-1
+    ]
+    assert by_key["mass_true"] == 0
+    right = look(folder, monkeypatch, "features=[right]", "temperature=1", "batch_size=3", "queries=['clip-0002:0']")[0]
+    assert right["mass_annotated"] == right["mass_true"] == pytest.approx(e / (e + 2))
+    best = right["most_mass"][0]
+    assert (best["clip"], best["is_annotated"], best["is_true"]) == ("clip-0002", True, True)
+    assert len({each["clip"] for each in right["most_mass"]}) == len(right["most_mass"]) == 3
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["features=[]"], "no teachers to look at"),
         (["features=[other]"], "has no 'other' features for 1 of 1 shards"),
         (["features=[right]", "relevance=/nowhere"], "no relevance file at /nowhere"),
+        (["features=[right]", "queries=['clip-0001:2']"], "no caption 'clip-0001:2' among these 6 clips"),
         (["features=[right]", "top=0"], "correspondences.top=0 must be above 0"),
     ],
 )
