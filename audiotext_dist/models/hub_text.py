@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import string
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from audiotext_dist.errors import UserError, require_positive
 from audiotext_dist.models.hub import compute_activations_again, hub_config, hub_errors, hub_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -58,13 +61,13 @@ class HubTextTower(nn.Module):
         if self.tokenizer.pad_token_id is None:
             raise UserError(f"the tokenizer of model.text.name={name} has no padding: choose an encoder such as BERT")
         sizes = hub_config("model.text.name", name, config.dropout)
-        max_positions = getattr(sizes, "max_position_embeddings", config.max_tokens)
-        if config.max_tokens > max_positions:
+        self.encoder = hub_model("model.text.pretrained", AutoModel, sizes, pretrained)
+        num_positions = _num_positions(self.encoder, sizes)
+        if num_positions is not None and config.max_tokens > num_positions:
             raise UserError(
-                f"model.text.transformers.max_tokens={config.max_tokens} is more than the {max_positions} positions of "
+                f"model.text.transformers.max_tokens={config.max_tokens} is more than the {num_positions} positions of "
                 f"{name}: lower it"
             )
-        self.encoder = hub_model("model.text.pretrained", AutoModel, sizes, pretrained)
         self.embed_dim: int = sizes.hidden_size
         if frozen:
             self.requires_grad_(False)
@@ -106,3 +109,13 @@ class HubTextTower(nn.Module):
             case "mean":
                 share_NC = is_token_NC / is_token_NC.sum(dim=1, keepdim=True)
                 return torch.einsum("ncd,nc->nd", states_NCD, share_NC.to(states_NCD.dtype))
+
+
+def _num_positions(encoder: nn.Module, sizes: PreTrainedConfig) -> int | None:
+    """How many tokens an encoder has positions for, None where any number."""
+    num_positions: int | None = getattr(sizes, "max_position_embeddings", None)
+    for name, module in encoder.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa and its kin begin after the position of the padding.
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return num_positions
