@@ -19,14 +19,17 @@ Modality = Literal["audio", "image", "text"]
 _ORIGIN_KEYS = {"pretrained", "sha256", "init", "init_from_image", "frozen"}
 # Groups of settings in a tower's configuration, of which that of its own kind counts.
 _KINDS = {"passt", "mobilenet", "atst", "transformers"}
+# What only CLIP's audio tower reads; and the kinds that read no name.
+_CLIP_ALONE = {"stride_frames", "stride_bins", "num_outputs", "outputs", "fbank"}
+_NAMELESS = {"passt", "mobilenet", "atst"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
     """One tower of one model.
 
-    model: its name. weights_sha256: of every weight and buffer that is saved. preprocessing: all that happens
-    between a clip's file and the tower, as plain JSON values.
+    model: its name, or its kind where that says all. weights_sha256: of every weight and buffer that is saved.
+    preprocessing: all that happens between a clip's file and the tower, as plain JSON values.
     """
 
     model: str
@@ -79,13 +82,14 @@ def _encoder(
     preparation: dict[str, Any],
 ) -> Encoder:
     settings = asdict(getattr(config.without_weights(), modality))
-    name = settings.pop("name")
-    preprocessing = {key: value for key, value in settings.items() if key not in _ORIGIN_KEYS} | preparation
+    name, kind = settings.pop("name"), settings.get("kind", "clip")
+    others = _ORIGIN_KEYS | (_KINDS - {kind}) | (set() if kind == "clip" else _CLIP_ALONE)
+    preprocessing = {key: value for key, value in settings.items() if key not in others} | preparation
     if modality == "audio":
         preprocessing |= {"sample_rate_hz": data.sample_rate_hz, "clip_seconds": data.clip_seconds}
     # Of a text tower the tokenizer belongs to the model's name.
     return Encoder(
-        model=name,
+        model=kind if kind in _NAMELESS else name,
         weights_sha256=_sha256_of(state),
         # As it is read back: a tuple becomes a list.
         preprocessing=json.loads(json.dumps(preprocessing)),
