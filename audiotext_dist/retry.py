@@ -34,8 +34,16 @@ class RetryConfig:
 
         Without the random part all workers of a cluster would come back at the same moment.
         """
-        longest = min(self.first_pause_seconds * 2.0 ** min(num_failures - 1, 60), MAX_PAUSE_SECONDS)
-        return longest * random.uniform(0.5, 1.0)
+        return self._longest_pause_seconds(num_failures) * random.uniform(0.5, 1.0)
+
+    @property
+    def longest_seconds(self) -> float:
+        """How long it can take to give up a server that sends nothing at all."""
+        pauses = (self._longest_pause_seconds(num_failures) for num_failures in range(1, self.retries + 1))
+        return (self.retries + 1) * self.stall_seconds + sum(pauses)
+
+    def _longest_pause_seconds(self, num_failures: int) -> float:
+        return min(self.first_pause_seconds * 2.0 ** min(num_failures - 1, 60), MAX_PAUSE_SECONDS)
 
 
 class RefusalError(UserError):

@@ -47,6 +47,10 @@ def test_no_url_of_a_recipe_holds_a_secret(key: str, url: str) -> None:
         ([*ENOUGH, "training.num_epochs=0"], r"training.num_epochs=0 must be above 0"),
         ([*ENOUGH, "evaluation.every_epochs=0"], r"evaluation.every_epochs=0 must be above 0"),
         ([*ENOUGH, "data.num_lanes=-1"], r"data.num_lanes=-1 must be above 0"),
+        (
+            [*ENOUGH, "data.train.own.features=s3://bucket", "data.fetch_stall_seconds=60"],
+            r"fetch_stall_seconds=60 let a rank wait 632 s .* engine.collective_timeout_seconds=600: raise that",
+        ),
         ([*ENOUGH, "data.clip_seconds=.nan"], r"data.clip_seconds=nan must be above 0"),
         ([*ENOUGH, "data.clip_seconds=30"], r"30 is more than the 10 s that the audio tower reads"),
         ([*ENOUGH, "optim.betas=[2,3]"], r"must lie in \[0, 1\)"),

@@ -7,7 +7,9 @@
 3. What has arrived is checked against the index, then renamed. A reader gets it open: removed meanwhile, it stays
    readable until it is closed, which is before the reader's next batch.
 4. Each process that fetches ahead says in ``NAME.wanted`` what it will read soon: that is removed last.
-5. Locks end with their process. Whoever makes room removes what killed processes left.
+5. Where a server refuses, all those that waited for the lock meanwhile are told the same: each would else wait as
+   long again, one after the other.
+6. Locks end with their process. Whoever makes room removes what killed processes left.
 """
 
 from __future__ import annotations
@@ -62,32 +64,31 @@ class NodeCache:
         counts = ReadCounts() if counts is None else counts
         if not storage.is_remote(path):
             return os.open(path.removeprefix("file://"), os.O_RDONLY)
-        name = name_of(path, sha256)
+        name, began_ns = name_of(path, sha256), time.time_ns()
         found = self._open_cached(name, num_bytes)
         if found is not None:
             counts.cache_hits += 1
             return found
         counts.prefetch_waits += 1
         with self._folder.alone(name):
-            # Another process may have fetched it while this one waited for the lock.
-            found = self._open_cached(name, num_bytes)
-            return self._fetch(path, num_bytes, sha256, counts) if found is None else found
+            return self._found_or_fetched(path, num_bytes, sha256, counts, refused_since_ns=began_ns)
 
     def fetch_ahead(self, path: str, *, num_bytes: int, sha256: str | None, counts: ReadCounts) -> bool:
         """See that a remote file is there; False where another process is fetching it just now.
 
+        What was refused a short while ago is left to whoever reads it: those wait for the lock.
+
         Raises:
             UserError: as ``open``.
         """
+        lately_ns = time.time_ns() - round(self.retry.longest_seconds * 1e9)
         name = name_of(path, sha256)
         try:
             with contextlib.ExitStack() as held:
                 descriptor = self._open_cached(name, num_bytes)
                 if descriptor is None:
                     held.enter_context(self._folder.alone(name, wait=False))
-                    descriptor = self._open_cached(name, num_bytes)
-                if descriptor is None:
-                    descriptor = self._fetch(path, num_bytes, sha256, counts)
+                    descriptor = self._found_or_fetched(path, num_bytes, sha256, counts, refused_since_ns=lately_ns)
                 os.close(descriptor)
             return True
         except Timeout:
@@ -150,6 +151,23 @@ class NodeCache:
             return None
         touch(file)
         return descriptor
+
+    def _found_or_fetched(
+        self, path: str, num_bytes: int | None, sha256: str | None, counts: ReadCounts, *, refused_since_ns: int
+    ) -> int:
+        """A descriptor of what is locked: another process may have fetched it meanwhile, or been refused."""
+        name = name_of(path, sha256)
+        found = self._open_cached(name, num_bytes)
+        if found is not None:
+            return found
+        refusal = self._folder.refusal(name, refused_since_ns)
+        if refusal is not None:
+            raise UserError(refusal)
+        try:
+            return self._fetch(path, num_bytes, sha256, counts)
+        except UserError as error:
+            self._folder.keep_refusal(name, str(error))
+            raise
 
     def _fetch(self, path: str, num_bytes: int | None, sha256: str | None, counts: ReadCounts) -> int:
         """Fetch what is locked; a descriptor of it."""

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from audiotext_dist import storage
 from audiotext_dist.errors import UserError
 
-_PART, _LOCK, _WANTED, _ROOM = ".part", ".lock", ".wanted", ".room"
+_PART, _LOCK, _WANTED, _ROOM, _REFUSED = ".part", ".lock", ".wanted", ".room", ".refused"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +103,22 @@ class CacheFolder:
                 yield say
             finally:
                 self.file(own + _WANTED).unlink(missing_ok=True)
+
+    def keep_refusal(self, name: str, message: str) -> None:
+        """Leave to those that wait for a name's lock why its file cannot be had."""
+        file = self.file(name + _REFUSED)
+        with contextlib.suppress(OSError):  # a full disk: each of them asks again
+            file.write_text(message)
+            touch(file)
+
+    def refusal(self, name: str, since_ns: int) -> str | None:
+        """What was left of a name whose lock is held, if that was after this time."""
+        file = self.file(name + _REFUSED)
+        with contextlib.suppress(FileNotFoundError):
+            if file.stat().st_mtime_ns > since_ns:
+                return file.read_text()
+            file.unlink()
+        return None
 
     def unusable(self, error: OSError) -> UserError:
         """What a disk's refusal means to a person."""

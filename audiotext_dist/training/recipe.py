@@ -126,6 +126,7 @@ class Recipe:
             storage.check_no_credentials(text, key)
         if not self.data.train:
             raise UserError("no training data: give data.train.NAME.shards=FOLDER")
+        self._check_fetching()
         self._check_features()
         self._check_loss()
         self._check_frame_match()
@@ -135,6 +136,18 @@ class Recipe:
             raise UserError(
                 f"optim.warmup_epochs={self.optim.warmup_epochs:g} is longer than training.num_epochs="
                 f"{self.training.num_epochs}: lower it"
+            )
+
+    def _check_fetching(self) -> None:
+        """A shard that stays out of reach is named only if the other ranks wait until it is given up."""
+        sets = [*self.data.train.values(), *self.data.validation.values()]
+        has_remote = any(storage.is_remote(path) for each in sets for path in (each.shards, each.features or ""))
+        seconds, limit_seconds = self.data.node_cache().retry.longest_seconds, self.engine.collective_timeout_seconds
+        if has_remote and seconds >= limit_seconds:
+            raise UserError(
+                f"data.fetch_retries={self.data.fetch_retries} and data.fetch_stall_seconds="
+                f"{self.data.fetch_stall_seconds:g} let a rank wait {seconds:.0f} s for one shard, longer than "
+                f"engine.collective_timeout_seconds={limit_seconds:g}: raise that, or lower these"
             )
 
     def _check_loss(self) -> None:

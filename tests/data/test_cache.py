@@ -10,8 +10,10 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -23,7 +25,7 @@ from audiotext_dist.data.cache import NodeCache
 from audiotext_dist.data.cache_folder import name_of
 from audiotext_dist.data.read_counts import ReadCounts
 from audiotext_dist.errors import UserError
-from audiotext_dist.retry import MAX_PAUSE_SECONDS, RetryConfig
+from audiotext_dist.retry import MAX_PAUSE_SECONDS, RefusalError, RetryConfig
 from tests.object_store import Fault, Request, proxy
 from tests.web import web_server
 
@@ -147,7 +149,7 @@ def test_a_changed_shard_is_refused_by_name_and_not_kept(tmp_path: Path, changed
     (url,) = in_memory(a=changed).values()
     with pytest.raises(UserError, match=r"^memory://set/a\.tar is not what its index describes"):
         read(cache, url, CONTENT)
-    assert held(cache) == set()
+    assert held(cache) == {"a.tar.refused"}
 
 
 def test_a_shard_that_became_shorter_is_refused_by_name(tmp_path: Path) -> None:
@@ -203,7 +205,39 @@ def test_a_web_server_that_stays_in_trouble_is_given_up_in_one_line(
     assert "secret" not in str(caught.value)
     # A body that is cut later than the one before begins the count anew.
     assert len(asked) == attempts or (fault == "cut" and len(asked) > attempts)
-    assert held(cache) == set()
+    assert held(cache) == {"a.tar.refused"}
+
+
+def test_who_waited_while_a_server_refused_is_told_the_same_and_who_comes_later_asks_anew(
+    tmp_path: Path, site: str
+) -> None:
+    """Three processes' reads of one shard, which the first to come asks for; and one that fetches ahead."""
+    cache = NodeCache(folder=str(tmp_path / "cache"), retry=HASTY)
+    asked: list[int] = []
+    is_up, all_wait = threading.Event(), threading.Event()
+
+    def refuse(request: Request) -> Fault | None:
+        asked.append(request.number)
+        assert all_wait.wait(60)
+        return None if is_up.is_set() else "503"
+
+    with proxy(site, refuse) as address, ThreadPoolExecutor(3) as processes:
+        counts = [ReadCounts() for _ in range(3)]
+        reads = [processes.submit(read, cache, f"{address}/a.tar", CONTENT, each) for each in counts]
+        while not all(each.prefetch_waits for each in counts):
+            time.sleep(0.001)
+        all_wait.set()
+        told = {str(each.exception(60)) for each in reads}
+        assert len(told) == 1
+        assert told.pop().startswith(f"after 3 attempts: cannot read {address}/a.tar (HTTP 503)")
+        assert len(asked) == 3
+        digest = hashlib.sha256(CONTENT).hexdigest()
+        with pytest.raises(UserError, match="after 3 attempts"):
+            cache.fetch_ahead(f"{address}/a.tar", num_bytes=len(CONTENT), sha256=digest, counts=ReadCounts())
+        assert len(asked) == 3
+        is_up.set()
+        assert read(cache, f"{address}/a.tar", CONTENT) == CONTENT
+    assert held(cache) == {"a.tar"}
 
 
 def test_a_shard_that_is_gone_is_named_at_once(tmp_path: Path, site: str) -> None:
@@ -225,6 +259,22 @@ def test_a_body_goes_on_where_it_was_cut_off_for_as_long_as_it_gets_further(
     quick = RetryConfig(retries=1, first_pause_seconds=0.0)
     assert read(NodeCache(folder=str(tmp_path), retry=quick), "s3://b/a.tar", CONTENT[:9500]) == CONTENT[:9500]
     assert starts == list(range(0, 9500, 1000))
+
+
+def test_a_server_is_given_up_after_as_long_as_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    retry = RetryConfig(retries=8, stall_seconds=20.0, first_pause_seconds=0.5)
+    slept = []
+
+    def stall(*_: object) -> Iterator[tuple[int, bytes]]:
+        slept.append(retry.stall_seconds)
+        raise RefusalError("stalled", transient=True)
+
+    monkeypatch.setattr("audiotext_dist.storage.blocks", stall)
+    monkeypatch.setattr("audiotext_dist.data.cache.time.sleep", slept.append)
+    monkeypatch.setattr("audiotext_dist.retry.random.uniform", lambda _, highest: highest)
+    with pytest.raises(UserError, match="after 9 attempts"):
+        NodeCache(folder=str(tmp_path), retry=retry).open("s3://b/a.tar", num_bytes=1)
+    assert retry.longest_seconds == sum(slept) == 271.5
 
 
 def test_pauses_grow_up_to_a_limit_and_differ() -> None:
