@@ -33,6 +33,10 @@ from audiotext_dist.errors import UserError
 from audiotext_dist.retry import RefusalError, RetryConfig, gave_up
 
 
+# Somebody who only looks whether a lock was left behind holds it for less.
+LOOK_SECONDS = 0.1
+
+
 def default_folder() -> str:
     """Where the environment or else the home folder says."""
     return os.environ.get("AUDIOTEXT_CACHE_DIR", "~/.cache/audiotext_dist/shards")
@@ -87,7 +91,7 @@ class NodeCache:
             with contextlib.ExitStack() as held:
                 descriptor = self._open_cached(name, num_bytes)
                 if descriptor is None:
-                    held.enter_context(self._folder.alone(name, wait=False))
+                    held.enter_context(self._folder.alone(name, wait_seconds=LOOK_SECONDS))
                     descriptor = self._found_or_fetched(path, num_bytes, sha256, counts, refused_since_ns=lately_ns)
                 os.close(descriptor)
             return True

@@ -37,16 +37,16 @@ class CacheFolder:
         return Path(self.path).expanduser() / name
 
     @contextlib.contextmanager
-    def alone(self, name: str, *, wait: bool = True) -> Iterator[None]:
+    def alone(self, name: str, *, wait_seconds: float = -1) -> Iterator[None]:
         """Hold a name among all processes and threads of the node.
 
         Raises:
-            Timeout: not ``wait``, and another holds it.
+            Timeout: another held it for so long; below 0 this waits for ever.
         """
         try:
             self.file(name).parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.file(name + _LOCK))
-            lock.acquire(blocking=wait)
+            lock.acquire(timeout=wait_seconds)
         except Timeout:
             raise
         except OSError as error:
@@ -138,7 +138,7 @@ class CacheFolder:
         for lock in self.file("").glob(f"*{_LOCK}"):
             name = lock.name.removesuffix(_LOCK)
             if name != _ROOM:
-                with contextlib.suppress(Timeout), self.alone(name, wait=False):
+                with contextlib.suppress(Timeout), self.alone(name, wait_seconds=0):
                     for suffix in (_PART, _WANTED):
                         self.file(name + suffix).unlink(missing_ok=True)
 
