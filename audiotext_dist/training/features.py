@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -64,7 +65,8 @@ def features_of(
 
     def teacher(name: str, run: str | None) -> Teacher:
         first = feature_path(opened[0][0], name, next(iter(sets.values())).features)
-        found = files(name, _encoders_in(first, name, cache.retry) if run is None else _encoders_of_run(run))
+        in_file = _encoders_in(first, cache.retry)
+        found = files(name, _both(in_file, first, name) if run is None else _encoders_of_run(run, in_file))
         return Teacher(audio=FeatureReader(found, "audio", cache), captions=FeatureReader(found, "text", cache))
 
     return Features(
@@ -74,22 +76,31 @@ def features_of(
     )
 
 
-def _encoders_of_run(run: str) -> dict[Modality, Encoder]:
+def _encoders_of_run(run: str, in_file: Mapping[Modality, Encoder]) -> dict[Modality, Encoder]:
     recipe = read_run_recipe(Path(run))
     if recipe.task != "audio-text":
         raise UserError(f"data.teachers: {run} has task={recipe.task}: a teacher is an audio-text run")
-    return teacher_encoders(weights.read_weights(run), recipe.model, recipe.data)
+    encoders = teacher_encoders(weights.read_weights(run), recipe.model, recipe.data)
+    if recipe.model.audio.window_seconds is not None and "audio" in in_file:
+        # A tower of windows hears as much of a clip as launch/embed.py was told, which may be more than in training.
+        audio, heard = encoders["audio"], in_file["audio"].preprocessing.get("clip_seconds")
+        encoders["audio"] = replace(audio, preprocessing={**audio.preprocessing, "clip_seconds": heard})
+    return encoders
 
 
-def _encoders_in(first: str, name: str, retry: RetryConfig) -> dict[Modality, Encoder]:
-    """Who made the first file, and so must have made all, of features whose run is not named."""
+def _encoders_in(first: str, retry: RetryConfig) -> Mapping[Modality, Encoder]:
+    """Who made the first file; nobody where it is missing, which will be told when all are opened."""
     try:
-        made_by = read_feature_file(first, retry).header.encoders
+        return read_feature_file(first, retry).header.encoders
     except FileNotFoundError:
-        return {}  # it will be missed when all are opened
-    if not {"audio", "text"} <= made_by.keys():
+        return {}
+
+
+def _both(in_file: Mapping[Modality, Encoder], first: str, name: str) -> dict[Modality, Encoder]:
+    """Who made the first file, and so must have made all, of features whose run is not named."""
+    if in_file and not {"audio", "text"} <= in_file.keys():
         raise UserError(
-            f"{storage.public_name(first)} is of {', '.join(made_by)}: make the features of data.teachers.{name} with "
+            f"{storage.public_name(first)} is of {', '.join(in_file)}: make the features of data.teachers.{name} with "
             "launch/embed.py run=RUN, by both towers"
         )
-    return {modality: made_by[modality] for modality in ("audio", "text")}
+    return {modality: encoder for modality, encoder in in_file.items() if modality != "image"}

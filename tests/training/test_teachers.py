@@ -36,6 +36,7 @@ NUM_STEPS = 3
 # No random crop and no masks: a student then says of a clip what its teacher said.
 AS_EMBEDDED = ["model.audio.fbank.time_mask_frames=0", "model.audio.fbank.freq_mask_bins=0"]
 FIXED_TEMPERATURE = ["model.learn_temperature=false", "model.init_temperature=0.05"]
+OF_WINDOWS = ["model.audio.stride_bins=16", "model.audio.window_seconds=0.5", "training.seed=1"]
 STAGE_2 = ["loss.pair_weight=0", "loss.teacher_weight=1", *FIXED_TEMPERATURE, *AS_EMBEDDED]
 
 
@@ -53,7 +54,7 @@ def stage_2(folder: Path, run: str, names: Sequence[str], *words: str) -> tuple[
 def in_two_stages(rank: int, folder: Path) -> dict[str, Ran]:
     """Two teachers of different towers, what they say of the training set, and runs that learn from one and both."""
     train = f"data.train.own.shards={write_training_set(folder / 'train')}"
-    for name, words in (("one", []), ("two", ["model.audio.stride_bins=16", "training.seed=1"])):
+    for name, words in (("one", []), ("two", OF_WINDOWS)):
         train_with_faults(rank, [train, f"run_dir={folder / name}", "training.max_steps=1", *FIXED_TEMPERATURE, *words])
         embedded(folder / "train", folder / name, name)
     ran = train_many(
@@ -189,6 +190,10 @@ def audio_alone(folder: Path) -> None:
     embedded(folder / "train", folder / "one", "one", "what=[audio]", "overwrite=true")
 
 
+def less_of_a_clip(folder: Path) -> None:
+    embedded(folder / "train", folder / "one", "one", "data.clip_seconds=0.5", "overwrite=true")
+
+
 def two_encoders(folder: Path) -> None:
     shutil.copy(folder / "train" / "00002.two.safetensors", folder / "train" / "00002.one.safetensors")
 
@@ -205,6 +210,7 @@ def two_encoders(folder: Path) -> None:
             ["data.teachers={one: null}"],
             "00000.one.safetensors is of audio: make the features of data.teachers.one",
         ),
+        (less_of_a_clip, [], "00000.one.safetensors was made with clip_seconds=0.5, not 1.0"),
         (two_encoders, ["data.teachers={one: null}"], "00002.one.safetensors was made with stride_bins=16, not 32"),
         (None, ["data.teachers={three: null}"], "has no 'three' features for 4 of 4 shards"),
         (None, ["data.teachers={one: /nowhere}"], "/nowhere is no run folder"),
@@ -242,3 +248,15 @@ def test_teachers_whose_run_is_not_named_are_taken_as_they_are(
     shutil.copytree(folder / "train", tmp_path / "train")
     run = prepared(tmp_path, "data.teachers={one: null, two: null}")
     assert len(run.train_features.teachers) == 2
+
+
+def test_a_teacher_of_windows_hears_as_much_of_a_clip_as_it_was_told(
+    folder: Path, alone: dict[str, Ran], tmp_path: Path
+) -> None:
+    shutil.copytree(folder / "train", tmp_path / "train")
+    embedded(tmp_path / "train", folder / "two", "two", "data.clip_seconds=3", "overwrite=true")
+    run = prepared(tmp_path, f"data.teachers={{two: {folder / 'two'}}}")
+    assert len(run.train_features.teachers) == 1
+    shutil.copy(folder / "train" / "00001.two.safetensors", tmp_path / "train")
+    with pytest.raises(UserError, match=r"00001.two.safetensors was made with clip_seconds=1.0, not 3.0"):
+        prepared(tmp_path, f"data.teachers={{two: {folder / 'two'}}}")
