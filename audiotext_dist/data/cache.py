@@ -32,7 +32,6 @@ from audiotext_dist.data.read_counts import ReadCounts
 from audiotext_dist.errors import UserError
 from audiotext_dist.retry import RefusalError, RetryConfig, gave_up
 
-
 # Somebody who only looks whether a lock was left behind holds it for less.
 LOOK_SECONDS = 0.1
 
