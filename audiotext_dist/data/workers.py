@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
+import os
 import signal
+import threading
 from collections.abc import Iterator
+from functools import partial
+from multiprocessing.util import Finalize
 from typing import Protocol
 
 import torch
@@ -64,29 +69,56 @@ def _made_here(batches: Batches, numbers: range) -> Iterator[Batch]:
 
 def _made_by_workers(batches: Batches, numbers: range, num_workers: int) -> Iterator[Batch]:
     batches.memory.share(num_workers)
-    loader = DataLoader(
-        _InWorker(batches),
-        batch_size=None,
-        sampler=numbers,
-        num_workers=num_workers,
-        prefetch_factor=PREFETCH_FACTOR,
-        multiprocessing_context="fork",  # by which the workers have the rings
-        worker_init_fn=_start_worker,
-    )
-    for item in loader:
-        if isinstance(item, UserError):
-            item.on_every_rank = False
-            raise item
-        batch, (worker, place) = item
-        arrays = batches.memory.at(worker, place).first(*batch.frame_numbers_BL.shape).copy()
-        yield dataclasses.replace(
-            batch,
-            waveform_BS=torch.from_numpy(arrays.waveform_BS),
-            frames_BLHWC=torch.from_numpy(arrays.frames_BLHWC),
+    with _told_to_end(num_workers) as told:
+        # By name: it must outlast an error's way out of the loop, since it waits for its workers when it goes.
+        items = iter(
+            DataLoader(
+                _InWorker(batches),
+                batch_size=None,
+                sampler=numbers,
+                num_workers=num_workers,
+                prefetch_factor=PREFETCH_FACTOR,
+                multiprocessing_context="fork",  # by which the workers have the rings
+                worker_init_fn=partial(_start_worker, told),
+            )
         )
+        for item in items:
+            if isinstance(item, UserError):
+                item.on_every_rank = False
+                raise item
+            batch, (worker, place) = item
+            arrays = batches.memory.at(worker, place).first(*batch.frame_numbers_BL.shape).copy()
+            yield dataclasses.replace(
+                batch,
+                waveform_BS=torch.from_numpy(arrays.waveform_BS),
+                frames_BLHWC=torch.from_numpy(arrays.frames_BLHWC),
+            )
 
 
-def _start_worker(_: int) -> None:
+@contextlib.contextmanager
+def _told_to_end(num_workers: int) -> Iterator[int]:
+    """Yield a descriptor from which each worker can read a byte as soon as no more batches are wanted.
+
+    Else the end of the run would wait for a worker that is in the middle of its retries.
+    """
+    read_end, write_end = os.pipe()
+    # Also when the process ends with batches left: before multiprocessing waits for its children.
+    tell = Finalize(None, os.write, args=(write_end, bytes(num_workers)), exitpriority=0)
+    try:
+        yield read_end
+    finally:
+        tell()
+        os.close(write_end)
+        os.close(read_end)
+
+
+def _end_when_told(told: int) -> None:
+    os.read(told, 1)
+    os._exit(0)  # it holds nothing that outlives it
+
+
+def _start_worker(told: int, _: int) -> None:
+    threading.Thread(target=_end_when_told, args=(told,), daemon=True).start()
     keep_freed_memory()
     # What came along by the fork, a large set's shards above all, is shared memory until the collector marks it.
     gc.freeze()

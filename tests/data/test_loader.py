@@ -1,9 +1,11 @@
 """Batches from real shards: contents, and randomness that belongs to clips."""
 
 import dataclasses
+import multiprocessing
 import os
 import re
 import signal
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -193,6 +195,40 @@ def test_a_set_in_which_nothing_decodes_ends_in_one_line(tmp_path, num_workers):
     with pytest.raises(UserError, match="samples in a row cannot be used") as caught:
         epoch_of(training_batches(config(str(folder), num_frames=1), World()), num_workers=num_workers, num_batches=1)
     assert "\n" not in str(caught.value)
+
+
+class _OneIsBusy:
+    """Worker 1 is busy with its first batch for longer than the test; as soon as it is, worker 0 has one, or fails."""
+
+    def __init__(self, batches, fails):
+        self.batches, self.memory, self.fails = batches, batches.memory, fails
+        self.is_busy = multiprocessing.get_context("fork").Event()
+
+    def __getitem__(self, number):
+        if number:
+            self.is_busy.set()
+            threading.Event().wait(120)
+        assert self.is_busy.wait(60)
+        if self.fails:
+            raise UserError("shard 7 is out of reach")
+        return self.batches[number]
+
+
+def _end_while_one_is_busy(batches):
+    for _ in iterate(batches, range(8), num_workers=2, device=CPU):
+        raise UserError("another rank has met one")
+
+
+@pytest.mark.parametrize("fails", [True, False], ids=["in a worker", "in the main process"])
+def test_an_error_ends_the_process_while_a_worker_is_busy(shards, fails):
+    batches = _OneIsBusy(training_batches(config(shards), World()), fails)
+    process = multiprocessing.get_context("fork").Process(target=_end_while_one_is_busy, args=(batches,))
+    process.start()
+    process.join(60)
+    try:
+        assert process.exitcode == 1
+    finally:
+        process.kill()
 
 
 def test_a_worker_that_is_killed_ends_the_run_in_one_line(shards, monkeypatch, capsys):
