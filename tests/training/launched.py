@@ -97,12 +97,10 @@ def launched(
         output.unlink()
 
 
-def wait_for_all(processes: Sequence[psutil.Process]) -> float:
-    """Until none of them lives; the seconds that it took."""
-    start = time.monotonic()
+def wait_for_all(processes: Sequence[psutil.Process]) -> None:
+    """Until none of them lives."""
     _, alive = psutil.wait_procs(processes, timeout=_LIMIT_SECONDS)
     assert not alive, alive
-    return time.monotonic() - start
 
 
 def send(process: psutil.Process, number: signal.Signals) -> None:
