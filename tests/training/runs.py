@@ -113,7 +113,8 @@ def _faulty_step(prepared: Prepared, rank: int, faults: Sequence[Fault], states:
         return None if value is None else torch.full_like(gradient, value)
 
     prepared.model.register_forward_hook(spoil_output)
-    prepared.model.text.transformer.token_embedding.weight.register_hook(spoil_gradient)
+    words = next(part for part in prepared.model.text.modules() if isinstance(part, torch.nn.Embedding))
+    words.weight.register_hook(spoil_gradient)
 
     def step(engine: Any, model: Any, *words: Any) -> Any:
         now["step"] = now["step"] + 1

@@ -13,7 +13,7 @@ from audiotext_dist.losses.targets import recording_ids
 from audiotext_dist.models.dual_encoder import ModelInputs
 from audiotext_dist.training.engine import Engine, start_process_group
 from audiotext_dist.training.engine_config import EngineConfig, deepspeed_config
-from audiotext_dist.training.step import update
+from audiotext_dist.training.step import seed_step, update
 from tests.losses.cases import NUM_ROWS, RECORDINGS, rows
 from tests.losses.naive import naive_loss
 from tests.losses.small_model import AveragingEngine, SmallModel, gradients, watch
@@ -116,6 +116,16 @@ def test_dropout_is_the_same_in_both_passes():
     for own, other in zip(gradients(model), gradients(reference), strict=True):
         torch.testing.assert_close(own, other, rtol=0, atol=1e-10)
     assert torch.equal(after, torch.rand(1)), "the next step draws other numbers than this one"
+
+
+def test_random_numbers_are_those_of_seed_step_and_rank():
+    drawn = {}
+    for place in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)]:
+        for _ in range(2):
+            seed_step(*place)
+            drawn.setdefault(place, set()).add(torch.rand(1).item())
+    assert [len(numbers) for numbers in drawn.values()] == [1] * 4
+    assert len(set.union(*drawn.values())) == 4
 
 
 @pytest.mark.parametrize("num_micro_batches", [1, 2])
