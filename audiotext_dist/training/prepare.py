@@ -141,7 +141,8 @@ def prepare(recipe: Recipe, world: World) -> Prepared:
             "go on with training.resume=auto, or start anew under another name= or run_dir="
         )
     target = recipe.checkpoint.upload_to
-    if recipe.training.resume == "never" and target is not None and world.is_main and remote_names(target):
+    # Every rank looks: where one alone gave up, those of other nodes would wait for it.
+    if recipe.training.resume == "never" and target is not None and remote_names(target):
         raise UserError(
             f"checkpoint.upload_to={target} holds checkpoints of an earlier run: "
             "go on with training.resume=auto, or give another"

@@ -2,6 +2,7 @@
 
 import math
 
+import fsspec
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -11,6 +12,8 @@ from audiotext_dist.errors import UserError
 from audiotext_dist.training.prepare import prepare
 from audiotext_dist.training.recipe import read_recipe
 from tests.clips import SAMPLE_RATE_HZ, make_sample, write_shards
+from tests.object_store import server, use
+from tests.training.runs import SMALL
 
 
 def test_the_audio_tower_copies_the_image_tower_that_another_run_trained(tmp_path):
@@ -64,3 +67,15 @@ def test_a_model_starts_from_another_run_and_its_temperature_where_that_is_learn
     assert learned["logit_scale"].item() == pytest.approx(1 - math.log(0.07))
     with pytest.raises(UserError, match=r"model.init and model.text.init exclude each other"):
         read_recipe([*words, "model.text.init=elsewhere"])
+
+
+def test_copies_of_an_earlier_run_stop_every_rank_before_it_waits_for_others(tmp_path, monkeypatch):
+    words = ["data.train.own.shards=none", f"run_dir={tmp_path}", "training.resume=never"]
+    recipe = read_recipe([*SMALL, *words, "checkpoint.upload_to=s3://runs/mine"])
+    with server() as endpoint:
+        use(monkeypatch, endpoint)
+        fsspec.filesystem("s3").mkdir("runs")
+        fsspec.filesystem("s3").pipe_file("runs/mine/step-00000004/model.safetensors", b"")
+        for rank in range(2):
+            with pytest.raises(UserError, match=r"upload_to=s3://runs/mine holds checkpoints of an earlier run"):
+                prepare(recipe, World(rank=rank, size=2))
