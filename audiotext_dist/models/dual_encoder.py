@@ -215,7 +215,8 @@ class DualEncoder(nn.Module):
     def scale(self) -> Tensor:
         """1 / temperature, at most ``max_logit_scale``; shape (1,).
 
-        The bound is on the value alone: a clamped gradient would hold the scale at its bound for good.
+        The bound is on the value alone: a clamped gradient would hold the scale at its bound for good. The training
+        brings the parameter itself down after every update, so it does not run away meanwhile.
         """
         excess = (self.logit_scale - self.max_log_scale).clamp(min=0.0).detach()
         return (self.logit_scale - excess).exp()

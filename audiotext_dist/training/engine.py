@@ -7,7 +7,9 @@ import logging
 import math
 import os
 import socket
+from collections.abc import Mapping
 from datetime import timedelta
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -84,6 +86,7 @@ class Engine:
         config: from ``engine_config.deepspeed_config``.
         loss_scale: to start with; None scales no loss.
         ema: follows every update; None where no average is wanted.
+        upper_bounds: what trained parameters are brought down to after every update.
 
     Raises:
         UserError: DeepSpeed does not understand the config.
@@ -96,6 +99,7 @@ class Engine:
         config: dict[str, Any],
         loss_scale: LossScale | None = None,
         ema: Ema | None = None,
+        upper_bounds: Mapping[nn.Parameter, float] = MappingProxyType({}),
     ) -> None:
         _check_understood(config)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
@@ -107,6 +111,7 @@ class Engine:
         )
         self.num_micro_batches = int(config["gradient_accumulation_steps"])
         self.loss_scale, self.ema = loss_scale, ema
+        self._upper_bounds = {value: bound for value, bound in upper_bounds.items() if value.requires_grad}
         self._zero_stage = int(config["zero_optimization"]["stage"])
         self._lars = optimizer if isinstance(optimizer, LARS) else None
         if self._lars is not None and self._zero_stage:
@@ -151,8 +156,11 @@ class Engine:
         norm = self._step_zero() if self._zero_stage else self._step_plain()
         if self.loss_scale is not None:
             self.loss_scale = self.loss_scale.after(overflow=not math.isfinite(norm))
-        if self.ema is not None and math.isfinite(norm):
-            self.ema.update()
+        if math.isfinite(norm):
+            for parameter, bound in self._upper_bounds.items():
+                self._state.clamp(parameter, bound)
+            if self.ema is not None:
+                self.ema.update()
         return norm
 
     def _step_zero(self) -> float:

@@ -73,6 +73,7 @@ def _train(prepared: Prepared, stop: StopRequest) -> list[RetrievalResult]:
         prepared.deepspeed_config(),
         LossScale() if recipe.training.precision == "fp16" else None,
         None if recipe.training.ema_decay is None else Ema(model, recipe.training.ema_decay),
+        {model.logit_scale: model.max_log_scale},
     )
     progress = prepared.start()
     if recipe.training.resume == "auto":

@@ -59,6 +59,13 @@ class OptimizerState:
         if self._zero_stage:
             self._optimizer.refresh_fp32_params()
 
+    @torch.no_grad()
+    def clamp(self, parameter: nn.Parameter, upper_bound: float) -> None:
+        """Bring a trained parameter down to a bound, ZeRO's own copy of it too, from which it is updated."""
+        parameter.clamp_(max=upper_bound)
+        if self._zero_stage and parameter._hp_mapping is not None:  # type: ignore[attr-defined]
+            parameter._hp_mapping.hp_fragment.clamp_(max=upper_bound)  # type: ignore[attr-defined]
+
     def _groups(self) -> list[list[nn.Parameter]]:
         """The model's own parameters, group by group."""
         if self._zero_stage:

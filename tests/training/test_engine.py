@@ -215,3 +215,30 @@ def test_a_sick_step_of_several_micro_batches_leaves_no_trace() -> None:
         assert sick[2] == well[1]
         assert sick[3] == well[2]
         assert well[0] != well[1]
+
+
+def a_bounded_weight(zero_stage: int) -> list[float]:
+    """The weight after each of five steps up, under a bound of 1, and one down."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, 0.8)
+    config = deepspeed_config(
+        EngineConfig(zero_stage=zero_stage), global_batch_size=1, world_size=1, gradient_clipping=None
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.125)
+    engine = Engine(model, optimizer, config, upper_bounds={model.weight: 1.0})
+    weights = []
+    for sign in (-1, -1, -1, -1, -1, 1):
+        engine.backward(sign * engine(torch.ones(1, 1)).sum())
+        engine.step()
+        weights.append(model.weight.item())
+    return weights
+
+
+def bounded_weights(rank: int) -> list[list[float]]:
+    start_process_group(World())
+    return [a_bounded_weight(zero_stage) for zero_stage in (0, 1, 2)]
+
+
+def test_a_parameter_with_a_bound_comes_back_from_it_at_once() -> None:
+    for weights in run_on_ranks(bounded_weights, 1)[0]:
+        assert weights == pytest.approx([0.925, 1, 1, 1, 1, 0.875])
