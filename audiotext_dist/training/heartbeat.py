@@ -1,9 +1,9 @@
 """A rank that hangs, or whose link is cut, ends the run on all ranks.
 
-A thread of each rank writes a count into the process group's store, which rank 0 holds, and reads the others'. It
-lives as long as its process runs, whatever the main thread waits for, so a rank is silent only where it is stopped,
-dead or out of reach. A silent rank is named, and this process ends, from the thread: the main one may wait in a
-collective that never returns. A rank that is alive but stuck is left to the collectives' own timeout, which is a
+A thread of each rank writes a count into the process group's store, which rank 0 holds, and reads the others' in one
+request. It lives as long as its process runs, whatever the main thread waits for, so a rank is silent only where it is
+stopped, dead or out of reach. A silent rank is named, and this process ends, from the thread: the main one may wait in
+a collective that never returns. A rank that is alive but stuck is left to the collectives' own timeout, which is a
 little longer, so that it does not end the run before a silent rank is named.
 """
 
@@ -28,7 +28,7 @@ def beat_seconds(timeout_seconds: float) -> float:
 
 
 class Heartbeat:
-    """Starts at once; ``stop`` before leaving the process group."""
+    """Starts at once, when every rank has come to it; ``stop`` before leaving the process group."""
 
     def __init__(self, world: World, timeout_seconds: float) -> None:
         self._world, self._timeout_seconds = world, timeout_seconds
@@ -36,6 +36,8 @@ class Heartbeat:
         if is_parallel():
             # A connection of its own: the main thread may hold the other one while it waits.
             self._store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+            self._store.set(_key(world.rank), "0")
+            barrier()  # reading many counts at once waits for those that were never written
             threading.Thread(target=self._beat, daemon=True).start()
 
     def stop(self, *, together: bool) -> None:
@@ -55,7 +57,7 @@ class Heartbeat:
             asking.start()
             try:
                 self._store.set(_key(self._world.rank), str(count))
-                found = {rank: self._store.get(_key(rank)) for rank in others if self._store.check([_key(rank)])}
+                found = dict(zip(others, self._store.multi_get([_key(rank) for rank in others]), strict=True))
             except RuntimeError:
                 # The store went with rank 0: this is how the others hear that it is gone.
                 self._end([0], "is gone")
@@ -66,9 +68,9 @@ class Heartbeat:
             # Where more has passed this process itself was stopped, as in a suspended job: no fault of the others.
             passed_seconds, before = min(now - before, 3 * pause_seconds), now
             for rank in others:
-                is_heard = found.get(rank, last[rank]) != last[rank]
+                is_heard = found[rank] != last[rank]
                 silent_seconds[rank] = 0.0 if is_heard else silent_seconds[rank] + passed_seconds
-            last.update(found)
+            last = found
             silent = [rank for rank, seconds in silent_seconds.items() if seconds > self._timeout_seconds]
             if silent:
                 self._end(silent, f"gave no sign of life for {self._timeout_seconds:g} s")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from audiotext_dist.distributed import World
+from audiotext_dist.training import heartbeat
 from audiotext_dist.training.heartbeat import EXIT_LOST, Heartbeat
 from tests.ranks import PROCESSES, free_port
 from tests.training.launched import launched, wait_for_all
@@ -48,15 +50,49 @@ def test_a_stopped_rank_is_named_by_the_other(tmp_path: Path, stopped: int) -> N
     assert "Traceback" not in said
 
 
+class CountingStore:
+    """A store in this process, which counts what is asked of it until a rank has beaten twice."""
+
+    def __init__(self) -> None:
+        self.requests: list[str] = []
+        self.has_beaten_twice = threading.Event()
+        self._store = dist.HashStore()
+
+    def clone(self) -> CountingStore:
+        return self
+
+    def __getattr__(self, name: str) -> object:
+        def ask(*words: object) -> object:
+            if not self.has_beaten_twice.is_set():
+                self.requests.append(name)
+            if words[-1] == "2":
+                self.has_beaten_twice.set()
+            return getattr(self._store, name)(*words)
+
+        return ask
+
+
+def test_a_beat_costs_two_requests_however_many_ranks_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = CountingStore()
+    for rank in range(100):
+        store._store.set(f"heartbeat/{rank}", "0")
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(heartbeat, "is_parallel", lambda: True)
+    beating = Heartbeat(World(rank=1, size=100), timeout_seconds=5.0)
+    assert store.has_beaten_twice.wait(60)
+    beating.stop(together=False)
+    assert store.requests == ["set", "set", "multi_get", "set"]
+
+
 def be_suspended(rank: int, port: int, said: Path) -> None:
     os.dup2(os.open(said / f"{rank}", os.O_CREAT | os.O_WRONLY), 2)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    heartbeat = Heartbeat(World(rank=rank, size=2), timeout_seconds=2.0)
+    beating = Heartbeat(World(rank=rank, size=2), timeout_seconds=2.0)
     dist.barrier()
     if rank == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
     dist.barrier()
-    heartbeat.stop(together=True)
+    beating.stop(together=True)
 
 
 @pytest.mark.faults
