@@ -48,6 +48,9 @@ class Block:
         """Slices of the rows, each with so many uninitialised buffers [c, N], which stay within the bytes together
         with the extra bytes an entry that the caller takes besides.
         """
+        if self._x_nD.dtype != self.dtype:
+            # Of a product before it is in its buffer, and later of the rounded gradient, which is smaller.
+            extra_bytes += self.dtype.itemsize
         bytes_a_row = self.num_all * (num_buffers * self.dtype.itemsize + extra_bytes)
         rows = min(self.num_own, max(1, tile_bytes // max(bytes_a_row, 1)))
         # Allocated once: on a CPU fresh pages cost as much as the arithmetic.

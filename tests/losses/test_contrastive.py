@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from audiotext_dist.losses.block import Block
 from audiotext_dist.losses.config import LossConfig
 from audiotext_dist.losses.contrastive import Teachers, contrastive_loss
 from audiotext_dist.losses.targets import join_teachers, recording_ids
@@ -116,6 +117,17 @@ def test_matmuls_in_bfloat16_keep_sums_in_float32():
     contrastive_loss(*theirs).loss.backward()
     for own, other in zip(ours, theirs, strict=True):
         assert (own.grad - other.grad).norm() < 0.02 * other.grad.norm()
+
+
+def test_where_products_cannot_be_written_in_place_the_tile_leaves_room_for_them():
+    # As a GPU would; this device computes nothing.
+    x_nD, t_ND = torch.empty(100, DIM, device="meta"), torch.empty(1000, DIM, device="meta", dtype=torch.bfloat16)
+    rows_of = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        tile, buffers = next(Block(x_nD, t_ND.to(dtype)).tiles(120_000, num_buffers=2, extra_bytes=0))
+        rows_of[dtype] = tile.stop
+        assert [buffer.shape for buffer in buffers] == [(tile.stop, 1000)] * 2
+    assert rows_of == {torch.float32: 15, torch.bfloat16: 10}
 
 
 class _Largest(TorchDispatchMode):
