@@ -40,7 +40,7 @@ bench: $(READY)  ## what a shard build, the reader and the loss cost: CPU time, 
 	OMP_NUM_THREADS=1 python -m tests.bench.bench_reader
 	OMP_NUM_THREADS=1 python -m tests.bench.bench_losses
 
-test-faults: $(READY)  ## builds killed at many moments, on a disk and on S3: some minutes
+test-faults: $(READY)  ## builds and runs that are killed, stopped, signalled or (as root) cut off: tens of minutes
 	python -m pytest -m faults -s
 
 lint: $(READY)  ## ruff, and the import contract of the floors
