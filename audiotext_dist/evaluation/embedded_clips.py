@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -15,12 +17,16 @@ from audiotext_dist.data.loader import EvaluationBatches
 from audiotext_dist.data.sets import DataConfig
 from audiotext_dist.data.shard import Shard
 from audiotext_dist.data.workers import iterate
-from audiotext_dist.distributed import World, gather_items, raise_together
+from audiotext_dist.distributed import World, any_over_ranks, gather_items, raise_together
 from audiotext_dist.errors import UserError
 from audiotext_dist.models.dual_encoder import DualEncoder, Task, unit_length
 
 # Which frame a clip is found by; under Multiframe Match it is always all of them.
 EvaluatedFrame = Literal["middle", "best"]
+
+
+class EvaluationStoppedError(Exception):
+    """Some rank was asked to stop; raised on all of them, with nothing of the evaluation done."""
 
 
 class EmbeddedClip(NamedTuple):
@@ -46,11 +52,15 @@ def embed_set(
     world: World,
     features: Features,
     frame: EvaluatedFrame,
+    is_asked_to_stop: Callable[[], bool] | None = None,
 ) -> list[EmbeddedClip]:
     """The clips in the order of their keys; every rank calls it.
 
+    is_asked_to_stop: looked at on every rank after each batch.
+
     Raises:
         UserError: a clip that cannot be decoded or embedded, or has no caption.
+        EvaluationStoppedError: some rank is asked to stop.
     """
     was_training = model.training
     model.eval()
@@ -65,13 +75,18 @@ def embed_set(
         shards, decode, world=world, batch_size=batch_size, features=features, cache=data.node_cache()
     )
     own: list[EmbeddedClip] = []
-    error: UserError | None = None
-    try:
-        for batch in iterate(batches, range(len(batches)), num_workers=data.num_workers, device=world.device):
-            own += _embed(model, task, batch, all_frames=all_frames)
-    except UserError as met:
-        error = met
-    raise_together(error)
+    own_batches = iterate(batches, range(len(batches)), num_workers=data.num_workers, device=world.device)
+    # As many rounds on every rank, though one may have a batch less: after each they agree whether to go on.
+    for _ in range(math.ceil(sum(shard.num_samples for shard in shards) / (world.size * batch_size))):
+        error: UserError | None = None
+        try:
+            for batch in itertools.islice(own_batches, 1):
+                own += _embed(model, task, batch, all_frames=all_frames)
+        except UserError as met:
+            error = met
+        raise_together(error)
+        if is_asked_to_stop is not None and any_over_ranks(is_asked_to_stop()):
+            raise EvaluationStoppedError
     model.train(was_training)
     # Sorted by key, the rows stand in the same order for every world size.
     return sorted((clip for share in gather_items(own) for clip in share), key=lambda clip: clip.key)

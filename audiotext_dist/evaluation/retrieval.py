@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,13 +70,25 @@ def evaluate_set(
     features: Features = NO_FEATURES,
     num_examples: int = 0,
     frame: EvaluatedFrame = "middle",
+    is_asked_to_stop: Callable[[], bool] | None = None,
 ) -> RetrievalResult:
     """Retrieval in both directions; every rank calls it, and gets the whole result.
 
     Raises:
         UserError: a clip that cannot be decoded or embedded, a clip without captions, a broken relevance file.
+        EvaluationStoppedError: see ``embed_set``.
     """
-    clips = embed_set(model, task, shards, data, batch_size=batch_size, world=world, features=features, frame=frame)
+    clips = embed_set(
+        model,
+        task,
+        shards,
+        data,
+        batch_size=batch_size,
+        world=world,
+        features=features,
+        frame=frame,
+        is_asked_to_stop=is_asked_to_stop,
+    )
     _check_caption_counts(clips, set_name)
     first, second = task.split("-")
     rows = {first: _rows([clip.first_RD for clip in clips]), second: _rows([clip.second_RD for clip in clips])}

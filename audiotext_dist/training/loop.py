@@ -21,6 +21,7 @@ from audiotext_dist.data.workers import in_step
 from audiotext_dist.distributed import any_over_ranks, barrier, from_main, gather_items
 from audiotext_dist.errors import UserError
 from audiotext_dist.evaluation import examples, report
+from audiotext_dist.evaluation.embedded_clips import EvaluationStoppedError
 from audiotext_dist.evaluation.retrieval import RetrievalResult
 from audiotext_dist.training import checkpoint_folder
 from audiotext_dist.training.checkpoint import Progress
@@ -206,9 +207,8 @@ class _Run:
         set_learning_rates(self._engine.param_groups, share)
 
     def _is_due(self, every_epochs: int, every_steps: int | None = None) -> bool:
-        return self._step % (every_epochs * self._steps_an_epoch) == 0 or bool(
-            every_steps and self._step % every_steps == 0
-        )
+        epoch_ends = self._step % (every_epochs * self._steps_an_epoch) == 0
+        return epoch_ends or bool(every_steps and self._step % every_steps == 0)
 
     def _log_step(self, result: StepResult, meter: Meter, bar: tqdm) -> None:
         epoch, read, bad_samples = self._step / self._steps_an_epoch, meter.read(), self._bad_samples.check()
@@ -232,7 +232,7 @@ class _Run:
 
     def _leave_if_asked(self) -> None:
         """One rank that was asked to stop is enough: all write the checkpoint, if the disk takes it, and end."""
-        if not any_over_ranks(self._stop.reason is not None):
+        if not any_over_ranks(self._stop.is_made()):
             return
         reasons = {reason for reason in gather_items(self._stop.reason) if reason is not None}
         self._save()
@@ -264,18 +264,20 @@ class _Run:
             health=self._health.health,
             loss_scale=self._engine.loss_scale,
         )
-        if not self._saver.save(progress):
-            return False
-        self._saved_step = self._step
-        return True
+        if self._saver.save(progress):
+            self._saved_step = self._step
+        return self._saved_step == self._step
 
     def _evaluate(self) -> list[RetrievalResult]:
         if self._evaluated_step == self._step:
             return self._results
         self._evaluated_step = self._step
         average_running_statistics(self._prepared.model)
-        with self._engine.averaged_weights() if self._recipe.evaluation.ema else contextlib.nullcontext():
-            self._results = self._prepared.evaluate()
+        try:
+            with self._engine.averaged_weights() if self._recipe.evaluation.ema else contextlib.nullcontext():
+                self._results = self._prepared.evaluate(self._stop.is_made)
+        except EvaluationStoppedError:
+            self._leave_if_asked()  # the run that goes on makes up for it
         if self._results:
             flat = {key: value for result in self._results for key, value in report.flat_metrics(result).items()}
             self._saver.note_metrics(self._step, flat)

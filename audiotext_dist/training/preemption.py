@@ -1,8 +1,9 @@
 """A run that is asked to go: what asks it, and how all ranks come to know.
 
 1. SIGTERM and SIGUSR1 to any rank only set a flag; so does the death of the launcher, which a thread waits for.
-2. At each step's end the ranks agree: one that was asked is enough. All write one checkpoint together and leave with
-   ``EXIT_PREEMPTED``, which says: start the same command again, with training.resume=auto.
+2. At each step's end, and after each batch of an evaluation, the ranks agree: one that was asked is enough. All write
+   one checkpoint together and leave with ``EXIT_PREEMPTED``, which says: start the same command again, with
+   training.resume=auto.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ class StopRequest:
             signal.signal(number, lambda number, _: self._ask(signal.Signals(number).name))
         if "LOCAL_RANK" in os.environ:
             self._watch_launcher()
+
+    def is_made(self) -> bool:
+        """True from then on; other ranks may not know yet."""
+        return self.reason is not None
 
     @staticmethod
     def ignore_more() -> None:

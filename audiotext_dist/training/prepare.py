@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,8 +80,8 @@ class Prepared:
         )
         return iterate(batches, steps, num_workers=data.num_workers, device=self.world.device)
 
-    def evaluate(self) -> list[RetrievalResult]:
-        """The model as it stands on every validation set; every rank calls it."""
+    def evaluate(self, is_asked_to_stop: Callable[[], bool] | None = None) -> list[RetrievalResult]:
+        """The model as it stands on every validation set; every rank calls it, and ``embed_set`` what is given."""
         return [
             evaluate_set(
                 self.model,
@@ -95,6 +95,7 @@ class Prepared:
                 features=self.validation_features[name],
                 num_examples=self.recipe.evaluation.num_examples,
                 frame=self.recipe.evaluation.frame,
+                is_asked_to_stop=is_asked_to_stop,
             )
             for name, shards in self.validation_sets.items()
         ]

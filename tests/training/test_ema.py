@@ -41,7 +41,7 @@ def test_the_model_gets_its_weights_back_to_the_bit() -> None:
 def weights_in_evaluation(rank: int, words: list[list[str]]) -> list[dict[str, list[float]]]:
     """The audio projection while each run evaluates, as its checkpoint's readers find it."""
     seen = []
-    with mock.patch.object(Prepared, "evaluate", lambda self: seen.append(projection(self.model)) or []):
+    with mock.patch.object(Prepared, "evaluate", lambda self, _: seen.append(projection(self.model)) or []):
         for own in words:
             train_with_faults(rank, own)
     return seen

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
+from audiotext_dist.evaluation import embedded_clips
+from audiotext_dist.training.preemption import EXIT_PREEMPTED
 from audiotext_dist.training.tracker import METRICS_FILE, read_metrics
 from tests.models.hub_models import save_text_model
 from tests.ranks import run_on_ranks
@@ -109,6 +115,40 @@ def test_an_evaluation_before_which_a_run_was_stopped_is_made_up_for(clips: Path
     first, resumed, not_evaluated = found
     assert [[step for step, _ in each] for each in found] == [[4], [4, 5], [4, 6]]
     assert first[0] == resumed[0] == not_evaluated[0]
+
+
+def stopped_while_it_evaluates(rank: int, clips: Path) -> tuple[int, list[dict[str, float]], list[dict[str, float]]]:
+    """Batches of the evaluation until a run was gone, which rank 1 was asked for in its first one; then the metrics of
+    the run that goes on, and of one that was never stopped.
+    """
+    words = [f"data.train.own.shards={clips}", f"data.validation.own.shards={clips}", "evaluation.every_epochs=1"]
+    words += ["evaluation.batch_size=5", "evaluation.num_examples=0", "training.max_steps=5", "training.ema_decay=0.9"]
+    embed, num_batches = embedded_clips._embed, 0
+
+    def embed_and_ask(*args: Any, **kwargs: Any) -> Any:
+        nonlocal num_batches
+        num_batches += 1
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return embed(*args, **kwargs)
+
+    stopped, whole = ([*words, f"run_dir={clips.parent / name}"] for name in ("asked", "not asked"))
+    with mock.patch.object(embedded_clips, "_embed", embed_and_ask), pytest.raises(SystemExit) as left:
+        train_with_faults(rank, stopped)
+    assert left.value.code == EXIT_PREEMPTED
+    return num_batches, train_with_faults(rank, stopped).metrics, train_with_faults(rank, whole).metrics
+
+
+def test_a_run_that_is_asked_while_it_evaluates_leaves_after_the_batch_and_makes_up_for_it(clips: Path) -> None:
+    told = ("train/loss", "validation/own/audio->text/R@1", "validation/own/text->audio/mAP@10")
+    for num_batches, resumed, whole in run_on_ranks(stopped_while_it_evaluates, 2, clips):
+        assert num_batches == 1
+        one, other = (
+            [(line["trainer/step"], name, line[name]) for line in lines for name in told if name in line]
+            for lines in (resumed, whole)
+        )
+        assert one == other
+        assert [step for step, name, _ in one if name != "train/loss"] == [4, 4, 5, 5]
 
 
 @pytest.mark.faults
