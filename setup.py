@@ -45,6 +45,7 @@ DEVELOPMENT = [
     "import-linter",
     "ray",
     "pytrec-eval-terrier",
+    "pytorch-metric-learning",
     "wandb-workspaces",
 ]
 
