@@ -68,6 +68,7 @@ def two_ranks(clips: Path, one_rank: dict[str, Ran]) -> dict[str, Ran]:
         ("dropout, resumed", 4, 1),
         ("dropout, resumed", NUM_STEPS, 1),
         ("1-2", NUM_STEPS, 2),
+        ("2-1", 4, 1),
     )
 
 
@@ -83,6 +84,11 @@ def test_two_ranks_and_zero_1_have_the_losses_of_one(
     one_rank: dict[str, Ran], two_ranks: dict[str, Ran], name: str
 ) -> None:
     check_same(name, two_ranks[name], one_rank)
+
+
+def test_one_rank_goes_on_where_two_stopped(clips: Path, one_rank: dict[str, Ran], two_ranks: dict[str, Ran]) -> None:
+    assert list(two_ranks["2-1"].losses) == [1, 2, 3, 4]
+    check_same("2-1", on_ranks(clips, 1, ("2-1", NUM_STEPS, 0))["2-1"], one_rank)
 
 
 def test_as_many_ranks_go_on_to_the_bit_where_a_tower_drops_out(two_ranks: dict[str, Ran]) -> None:

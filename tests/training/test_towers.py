@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 
@@ -14,11 +12,11 @@ from audiotext_dist.models.dual_encoder import build_model
 from audiotext_dist.training.prepare import prepare
 from audiotext_dist.training.recipe import read_recipe, read_run_recipe
 from audiotext_dist.training.weights import load_model, read_weights
-from launch import export
 from tests.clips import SAMPLE_RATE_HZ
 from tests.models.formula import sound
 from tests.models.hub_models import save_audio_model, save_text_model
-from tests.ranks import run_command_on_ranks
+from tests.ranks import run_command_on_ranks, run_on_ranks
+from tests.training.exported import export_and_load
 from tests.training.runs import SMALL, write_training_set
 
 TINY_VIT = "{width: 24, depth: 2, num_heads: 3"
@@ -61,7 +59,7 @@ def words_of(shards, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_with_these_towers_is_exported_and_loaded(words_of, kind, tmp_path, monkeypatch):
+def test_a_run_with_these_towers_is_exported_and_loaded(words_of, kind, tmp_path):
     words = [*words_of(kind), f"engine.activation_checkpointing={str(kind != 'mobilenet').lower()}"]
     prepared = prepare(read_recipe(words), World())
     before = {name: tensor.clone() for name, tensor in prepared.model.state_dict().items()}
@@ -73,8 +71,7 @@ def test_a_run_with_these_towers_is_exported_and_loaded(words_of, kind, tmp_path
         assert not torch.equal(after[part], before[part]), part
     assert sum(not torch.equal(after[name], before[name]) for name in after if name.startswith("audio.")) > 20
 
-    monkeypatch.setattr(sys, "argv", ["export", f"run={tmp_path / 'run'}", f"out={tmp_path / 'export'}"])
-    export.main()
+    run_on_ranks(export_and_load, 1, tmp_path / "run", tmp_path / "export")
     recipe = read_run_recipe(tmp_path / "export")
     loaded = build_model(recipe.model.without_weights(), recipe.task, recipe.data.sample_rate_hz)
     load_model(loaded, str(tmp_path / "export"))
