@@ -1,8 +1,9 @@
 """``deepspeed`` for a cluster that takes nodes back: ``python -m launch.run OPTIONS launch/pretrain.py recipe=...``.
 
 SIGTERM or SIGUSR1 to this command reaches the ranks, and only them: they write a checkpoint, and their exit code, 75,
-is this command's as well. When it ends no process of the run is left. (The ``deepspeed`` command itself dies of the
-signal; its ranks notice, and write their checkpoint, but its exit code is that of the signal.)
+is this command's as well. So it is where the launcher was killed, which the ranks notice. When this command ends no
+process of the run is left. (The ``deepspeed`` command itself dies of the signal; its ranks write their checkpoint, but
+its exit code is that of the signal.)
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Any
 
 import psutil
 
+from audiotext_dist.training.preemption import EXIT_PREEMPTED, SECONDS_AFTER_LAUNCHER
+
 _PR_SET_PDEATHSIG = 1
 
 
@@ -32,7 +35,11 @@ def main(words: list[str]) -> int:
         start_new_session=True,
         preexec_fn=_in_launcher,
     )
-    code = _wait(run, asked)
+    code, outlived = _wait(run, asked)
+    # DeepSpeed's command takes a launcher that was killed for one that ended well. The ranks notice, and leave.
+    if code == 0 and outlived:
+        psutil.wait_procs(outlived, timeout=SECONDS_AFTER_LAUNCHER + 30)
+        code = EXIT_PREEMPTED
     with contextlib.suppress(ProcessLookupError):
         os.killpg(run.pid, signal.SIGKILL)
     return code if code >= 0 else 128 - code
@@ -45,15 +52,19 @@ def _in_launcher() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _wait(run: subprocess.Popen[Any], asked: threading.Event) -> int:
+def _wait(run: subprocess.Popen[Any], asked: threading.Event) -> tuple[int, list[psutil.Process]]:
+    """Its exit code, and the ranks that live on."""
+    ranks: list[psutil.Process] = []
     while True:
+        ranks = _ranks(run.pid) or ranks
         # A rank that is still starting ignores the signal: it is told again.
         if asked.is_set():
-            for rank in _ranks(run.pid):
+            for rank in ranks:
                 with contextlib.suppress(psutil.Error):
                     rank.send_signal(signal.SIGUSR1)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            return run.wait(timeout=1)
+            code = run.wait(timeout=1)
+            return code, psutil.wait_procs(ranks, timeout=0)[1]
 
 
 def _ranks(runner: int) -> list[psutil.Process]:

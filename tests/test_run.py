@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
-# The runner starts the launcher by this, and the launcher the rank.
-STARTS = "import subprocess, sys; sys.exit(subprocess.run([sys.executable, {script!r}]).returncode)"
+# The runner starts the launcher by this, and the launcher the rank. As DeepSpeed's do, they pass over a kill.
+STARTS = "import subprocess, sys; sys.exit(max(0, subprocess.run([sys.executable, {script!r}]).returncode))"
 # Leaves with 75 when it is asked to, if a compiler that it started has not been.
 RANK = """
 import signal, subprocess, sys
@@ -25,10 +25,26 @@ sys.exit(75 if compiler.returncode == 0 else 1)
 """
 
 
-def test_a_signal_reaches_the_ranks_and_not_what_they_started(tmp_path: Path) -> None:
+# Is asked, and leaves its checkpoint when its launcher is gone.
+ORPHAN = """
+import os, pathlib, signal, sys, time
+asked, launcher = [], os.getppid()
+signal.signal(signal.SIGUSR1, lambda *_: asked.append(True))
+print("ready", flush=True)
+while not asked:
+    signal.pause()
+print(launcher, flush=True)
+while os.getppid() == launcher:
+    time.sleep(0.01)
+pathlib.Path(__file__).with_name("checkpoint").touch()
+"""
+
+
+def start(tmp_path: Path, rank: str) -> subprocess.Popen[str]:
+    """The command, whose one rank is ready."""
     package = tmp_path / "deepspeed" / "launcher"
     package.mkdir(parents=True)
-    (tmp_path / "rank.py").write_text(RANK)
+    (tmp_path / "rank.py").write_text(rank)
     (tmp_path / "launcher.py").write_text(STARTS.format(script=str(tmp_path / "rank.py")))
     (package / "runner.py").write_text(STARTS.format(script=str(tmp_path / "launcher.py")))
     for folder in (package, package.parent):
@@ -42,5 +58,19 @@ def test_a_signal_reaches_the_ranks_and_not_what_they_started(tmp_path: Path) ->
     )
     assert run.stdout is not None
     assert run.stdout.readline() == "ready\n"
+    return run
+
+
+def test_a_signal_reaches_the_ranks_and_not_what_they_started(tmp_path: Path) -> None:
+    run = start(tmp_path, RANK)
     run.send_signal(signal.SIGTERM)
     assert run.wait() == 75
+
+
+def test_ranks_whose_launcher_was_killed_write_their_checkpoint_first(tmp_path: Path) -> None:
+    run = start(tmp_path, ORPHAN)
+    assert run.stdout is not None
+    run.send_signal(signal.SIGTERM)
+    os.kill(int(run.stdout.readline()), signal.SIGKILL)
+    assert run.wait() == 75
+    assert (tmp_path / "checkpoint").exists()

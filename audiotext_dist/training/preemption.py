@@ -17,7 +17,7 @@ from pathlib import Path
 # EX_TEMPFAIL of sysexits.h: not done, try again. No other exit of these programs has it.
 EXIT_PREEMPTED = 75
 # A rank that outlives its launcher has nobody to end it, should it hang.
-_SECONDS_AFTER_LAUNCHER = 120
+SECONDS_AFTER_LAUNCHER = 120
 
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -65,7 +65,7 @@ class StopRequest:
             ends.register(handle, select.POLLIN)
         ends.poll()
         self._ask("the launcher's end")
-        threading.Event().wait(_SECONDS_AFTER_LAUNCHER)
+        threading.Event().wait(SECONDS_AFTER_LAUNCHER)
         os._exit(EXIT_PREEMPTED)
 
 
