@@ -14,8 +14,9 @@ from audiotext_dist.data.shard import Shard
 from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError, run_for_people
 from audiotext_dist.evaluation import report
+from audiotext_dist.evaluation.checks import check_sets
 from audiotext_dist.evaluation.examples import write_examples
-from audiotext_dist.evaluation.retrieval import RetrievalResult, check_relevance, evaluate_set
+from audiotext_dist.evaluation.retrieval import RetrievalResult, evaluate_set
 from audiotext_dist.models.dual_encoder import DualEncoder, build_model
 from audiotext_dist.training.checkpoint_folder import run_folder
 from audiotext_dist.training.engine import start_process_group, stop_process_group
@@ -60,8 +61,7 @@ def main() -> None:
     world = World.from_environment()
     logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(message)s", force=True)
     sets = open_sets(recipe.data.validation, recipe.data, frames=needs_pictures(recipe), captions="text" in recipe.task)
-    for name, chosen in recipe.data.validation.items():
-        check_relevance(chosen.relevance, recipe.task, name)
+    check_sets(recipe.task, recipe.data.validation, sets)
     model = _build(recipe, own["run"], own.get("weights", own["run"]))
     encoders = replaced_encoders(recipe, model)
     features = [

@@ -53,3 +53,12 @@ def coverage(benchmark: Benchmark | None, num_clips: int, num_captions: int, set
     if num_clips > found.num_official_clips or num_captions > found.num_official_captions:
         raise UserError(f"data set '{set_name}' holds {found}: it is not that, set its benchmark to null")
     return found
+
+
+def check_benchmark(benchmark: Benchmark | None, num_clips: int, set_name: str) -> None:
+    """Raise ``UserError`` where a set has more clips than the benchmark that it is said to be."""
+    if benchmark is not None and num_clips > _NUM_CLIPS[benchmark]:
+        raise UserError(
+            f"data set '{set_name}' holds {num_clips:,} clips and {benchmark} {_NUM_CLIPS[benchmark]:,}: it is not "
+            "that, set its benchmark to null"
+        )

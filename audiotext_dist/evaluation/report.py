@@ -25,6 +25,8 @@ def table(results: Sequence[RetrievalResult]) -> str:
     for result in results:
         width = max(len(name) for name in result.directions)
         of_which = f"{result.num_clips} clips" if result.coverage is None else str(result.coverage)
+        if result.num_relevance_clips is not None and result.num_relevance_clips > result.num_clips:
+            of_which += f", of {result.num_relevance_clips:,} that its relevance file names"
         lines.append(f"{result.set_name}: {of_which}; per cent (chance)")
         lines.append(f"{'':{width}}  {'queries':>7}  {'items':>6}" + "".join(f"{name:>16}" for name in _COLUMNS))
         for name, direction in result.directions.items():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,7 @@ from audiotext_dist.evaluation.metrics import chance_metrics, check_retrieval, m
 from audiotext_dist.models.dual_encoder import DualEncoder, Task
 
 LABEL_RELEVANCE = "labels"
+RelevanceLine = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +48,14 @@ class DirectionResult:
 class RetrievalResult:
     """Both directions, by name: ``audio->text`` against own pairs, ``audio->text (labels)`` against a relevance.
 
-    coverage: how much of a published test set this is, where it is one. examples: queries of the second side.
+    coverage: how much of a published test set this is, where it is one. num_relevance_clips: how many clips the
+    relevance file names, of which the set may lack some. examples: queries of the second side.
     """
 
     set_name: str
     num_clips: int
     coverage: Coverage | None = None
+    num_relevance_clips: int | None = None
     directions: dict[str, DirectionResult] = field(default_factory=dict)
     examples: list[Example] = field(default_factory=list)
 
@@ -89,13 +92,15 @@ def evaluate_set(
         frame=frame,
         is_asked_to_stop=is_asked_to_stop,
     )
-    _check_caption_counts(clips, set_name)
+    check_caption_counts({clip.key: len(clip.second_RD) for clip in clips}, set_name)
+    lines = relevance_lines(chosen.relevance)
     first, second = task.split("-")
     rows = {first: _rows([clip.first_RD for clip in clips]), second: _rows([clip.second_RD for clip in clips])}
     result = RetrievalResult(
         set_name=set_name,
         num_clips=len(clips),
         coverage=coverage(chosen.benchmark, len(clips), sum(len(clip.second_RD) for clip in clips), set_name),
+        num_relevance_clips=None if lines is None else len({key for line in lines for key in line["clips"]}),
     )
     for query, item in ((first, second), (second, first)):
         result.directions[f"{query}->{item}"] = _score(
@@ -103,8 +108,11 @@ def evaluate_set(
         )
     right = _related(rows[second], rows[first])
     if chosen.relevance is not None:
-        related = _relations(chosen.relevance, clips, rows[first], rows[second])
-        name = "labels" if chosen.relevance == LABEL_RELEVANCE else "truth"
+        name = _relevance_name(chosen.relevance)
+        if lines is None:
+            related = _relations_of_labels(clips, rows[first], rows[second])
+        else:
+            related = _relations_from_file(lines, chosen.relevance, clips, rows[second])
         result.directions[f"{first}->{second} ({name})"] = _score(rows[first], rows[second], related, world)
         right = _invert(related, len(rows[second].clip_R))
         result.directions[f"{second}->{first} ({name})"] = _score(rows[second], rows[first], right, world)
@@ -113,13 +121,25 @@ def evaluate_set(
     return result
 
 
-def _check_caption_counts(clips: Sequence[EmbeddedClip], set_name: str) -> None:
+def direction_names(task: Task, relevance: str | None) -> list[str]:
+    """The directions that ``evaluate_set`` gives metrics of."""
+    first, second = task.split("-")
+    own = [f"{first}->{second}", f"{second}->{first}"]
+    return own if relevance is None else [*own, *(f"{name} ({_relevance_name(relevance)})" for name in own)]
+
+
+def _relevance_name(relevance: str) -> str:
+    return "labels" if relevance == LABEL_RELEVANCE else "truth"
+
+
+def check_caption_counts(num_captions: Mapping[str, int], set_name: str) -> None:
+    """Raise ``UserError`` unless all clips, by their keys, have as many captions (or frames), and some."""
     # Rank-based figures of clips with two captions and of clips with five do not average to anything known.
-    fewest, most = (pick(clips, key=lambda clip: len(clip.second_RD)) for pick in (min, max))
-    if len(fewest.second_RD) != len(most.second_RD):
+    fewest, most = (pick(num_captions, key=lambda key: num_captions[key]) for pick in (min, max))
+    if num_captions[fewest] != num_captions[most]:
         raise UserError(
-            f"clip {fewest.key} of set '{set_name}' has {len(fewest.second_RD)} captions and {most.key} has "
-            f"{len(most.second_RD)}: an evaluation set has as many for every clip"
+            f"clip {fewest} of set '{set_name}' has {num_captions[fewest]} captions and {most} has "
+            f"{num_captions[most]}: an evaluation set has as many for every clip"
         )
 
 
@@ -148,51 +168,49 @@ def _related(queries: Rows, items: Rows) -> list[NDArray[np.int64]]:
     return [rows_of_clip[clip] for clip in queries.clip_R]
 
 
-def _relations(relevance: str, clips: Sequence[EmbeddedClip], first: Rows, second: Rows) -> list[NDArray[np.int64]]:
-    """For each row of the first side, the rows of the second that it truly matches."""
-    if relevance == LABEL_RELEVANCE:
-        clips_with = defaultdict(list)
-        for number, clip in enumerate(clips):
-            for label in clip.labels:
-                clips_with[label].append(number)
-        rows_of_clip = _rows_by(second.clip_R.tolist())
-        alike = [sorted({other for label in clip.labels for other in clips_with[label]}) for clip in clips]
-        return [np.concatenate([rows_of_clip[other] for other in alike[clip] or [clip]]) for clip in first.clip_R]
-    return _relations_from_file(relevance, clips, second)
+def _relations_of_labels(clips: Sequence[EmbeddedClip], first: Rows, second: Rows) -> list[NDArray[np.int64]]:
+    """For each row of the first side, the rows of the second whose clip shares a label with its own."""
+    clips_with = defaultdict(list)
+    for number, clip in enumerate(clips):
+        for label in clip.labels:
+            clips_with[label].append(number)
+    rows_of_clip = _rows_by(second.clip_R.tolist())
+    alike = [sorted({other for label in clip.labels for other in clips_with[label]}) for clip in clips]
+    return [np.concatenate([rows_of_clip[other] for other in alike[clip] or [clip]]) for clip in first.clip_R]
 
 
-def _relations_from_file(path: str, clips: Sequence[EmbeddedClip], captions: Rows) -> list[NDArray[np.int64]]:
-    """For each clip, the caption rows that truly describe it, as a relevance file's lines say."""
+def _relations_from_file(
+    lines: Sequence[RelevanceLine], path: str, clips: Sequence[EmbeddedClip], captions: Rows
+) -> list[NDArray[np.int64]]:
+    """For each clip, the caption rows that truly describe it; what is said of clips elsewhere is passed over."""
     number_of = {clip.key: number for number, clip in enumerate(clips)}
     first_row = np.searchsorted(captions.clip_R, np.arange(len(clips) + 1))
     found: list[list[int]] = [[] for _ in clips]
-    for line in read_relevance(path):
+    for line in lines:
         rows = []
         for key, caption in line["captions"]:
             if key in number_of:
-                row = int(first_row[number_of[key]]) + caption
-                if not first_row[number_of[key]] <= row < first_row[number_of[key] + 1]:
-                    raise UserError(f"{storage.public_name(path)} names caption {caption} of {key}, which has fewer")
-                rows.append(row)
+                first, after = first_row[number_of[key] : number_of[key] + 2].tolist()
+                check_caption_number(path, key, caption, after - first)
+                rows.append(first + caption)
         for key in line["clips"]:
             if key in number_of:
                 found[number_of[key]] += rows
     return [np.array(sorted(rows), np.int64) for rows in found]
 
 
-def check_relevance(relevance: str | None, task: Task, set_name: str) -> None:
-    """Raise ``UserError`` where a set's relevance cannot be read, or says nothing of this task's two sides."""
-    if relevance is None or relevance == LABEL_RELEVANCE:
-        return
-    if not task.endswith("-text"):
-        raise UserError(
-            f"data.validation.{set_name}.relevance is a file about captions, which task={task} has not: "
-            "take the file away, or give relevance=labels"
-        )
-    read_relevance(relevance)
+def check_caption_number(path: str, key: str, caption: int, num_captions: int) -> None:
+    """Raise ``UserError`` unless a clip has the caption that a relevance file names."""
+    if not 0 <= caption < num_captions:
+        raise UserError(f"{storage.public_name(path)} names caption {caption} of {key}, which has fewer")
 
 
-def read_relevance(path: str) -> list[dict[str, Any]]:
+def relevance_lines(relevance: str | None) -> list[RelevanceLine] | None:
+    """What a relevance file says; None where a set has no such file."""
+    return None if relevance is None or relevance == LABEL_RELEVANCE else read_relevance(relevance)
+
+
+def read_relevance(path: str) -> list[RelevanceLine]:
     """A relevance file's lines: ``captions``, (clip key, caption number) each, and ``clips``, keys.
 
     Raises:

@@ -1,5 +1,5 @@
-"""Open the data and build the model of a recipe: everything a person can get wrong is met here, before any
-process group starts.
+"""Open the data and build the model of a recipe: what a person can get wrong is met here, before any process group
+starts, but for what only the content of clips tells.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from audiotext_dist.data.shard import Shard
 from audiotext_dist.data.workers import iterate
 from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError
-from audiotext_dist.evaluation.retrieval import RetrievalResult, check_relevance, evaluate_set
+from audiotext_dist.evaluation.checks import check_metric, check_sets
+from audiotext_dist.evaluation.retrieval import RetrievalResult, evaluate_set
 from audiotext_dist.models.audio import AudioTower
 from audiotext_dist.models.dual_encoder import DualEncoder, build_model
 from audiotext_dist.training import checkpoint_folder, weights
@@ -148,11 +149,12 @@ def prepare(recipe: Recipe, world: World) -> Prepared:
             f"checkpoint.upload_to={target} holds checkpoints of an earlier run: "
             "go on with training.resume=auto, or give another"
         )
+    if recipe.checkpoint.best_metric is not None:
+        check_metric(recipe.checkpoint.best_metric, recipe.task, recipe.data.validation)
     frames, captions = needs_pictures(recipe), "text" in recipe.task
     train_sets = open_sets(recipe.data.train, recipe.data, frames=frames, captions=captions)
     validation_sets = open_sets(recipe.data.validation, recipe.data, frames=frames, captions=captions)
-    for name, chosen in recipe.data.validation.items():
-        check_relevance(chosen.relevance, recipe.task, name)
+    check_sets(recipe.task, recipe.data.validation, validation_sets)
     model = build_towers(recipe)
     encoders = replaced_encoders(recipe, model)
     prepared = Prepared(

@@ -71,7 +71,7 @@ def run_embed(monkeypatch):
 
 
 def prepared(shards: str, tmp_path: Path, *words: str):
-    sets = [f"data.train.own.shards={shards}", f"data.validation.own.shards={shards}", f"run_dir={tmp_path / 'run'}"]
+    sets = [f"data.train.own.shards={shards}", f"run_dir={tmp_path / 'run'}"]
     return prepare(read_recipe([*sets, *words]), World())
 
 
@@ -153,7 +153,7 @@ def test_a_clip_that_could_not_be_embedded_is_replaced_in_training_and_refused_a
     header = read_feature_file(f"{shards}/00001.own.safetensors").header
     assert list(header.missing) == ["2"]
     assert "3.jpg has changed" in header.missing["2"]
-    run = prepared(shards, tmp_path, *PICTURES, "data.frame_features=own")
+    run = prepared(shards, tmp_path, *PICTURES, "data.frame_features=own", f"data.validation.own.shards={shards}")
     batches = [training_batches(run)[step] for step in range(4)]
     bad = [sample for batch in batches for sample in batch.bad_samples]
     assert {sample.key for sample in bad} == {"clip-0008"}

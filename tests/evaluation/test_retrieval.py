@@ -14,7 +14,7 @@ from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError
 from audiotext_dist.evaluation.benchmarks import coverage
 from audiotext_dist.evaluation.report import table
-from audiotext_dist.evaluation.retrieval import check_relevance, evaluate_set
+from audiotext_dist.evaluation.retrieval import evaluate_set
 from tests.clips import SAMPLE_RATE_HZ, make_sample, write_shards
 from tests.ranks import run_on_ranks
 
@@ -105,12 +105,18 @@ def test_a_wrong_relevance_file_is_named(folder, tmp_path, content, message):
         evaluate(folder, Oracle(), relevance=str(file))
 
 
-def test_a_relevance_file_says_nothing_of_pictures(tmp_path):
-    with pytest.raises(UserError, match="task=audio-image has not"):
-        check_relevance("file.jsonl", "audio-image", "test")
-    with pytest.raises(UserError, match="no relevance file at"):
-        check_relevance(str(tmp_path / "nowhere.jsonl"), "audio-text", "test")
-    check_relevance("labels", "audio-image", "test")
+def test_clips_of_a_relevance_file_that_the_set_lacks_are_told(folder, tmp_path):
+    numbers = range(NUM_CLIPS + 3)
+    lines = [{"captions": [[f"clip-{n:04d}", c] for c in (0, 1)], "clips": [f"clip-{n:04d}"]} for n in numbers]
+    file = tmp_path / "relevance.jsonl"
+    data = DataConfig(sample_rate_hz=SAMPLE_RATE_HZ, clip_seconds=1.0, num_workers=0)
+    headings = []
+    for count in (NUM_CLIPS, NUM_CLIPS + 3):
+        file.write_text("\n".join(map(json.dumps, lines[:count])))
+        (result,) = evaluate_on_ranks(0, folder, data, SetConfig(shards=str(folder), relevance=str(file)))
+        headings.append(table([result]).splitlines()[0])
+    assert headings[0] == "test: 12 clips; per cent (chance)"
+    assert headings[1] == "test: 12 clips, of 15 that its relevance file names; per cent (chance)"
 
 
 def test_unequal_caption_counts_are_an_error(tmp_path):
