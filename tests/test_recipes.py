@@ -6,9 +6,19 @@ from pathlib import Path
 
 import pytest
 
+from audiotext_dist.evaluation.checks import check_metric
 from audiotext_dist.training.recipe import read_recipe
 
 RECIPES = Path(__file__).parents[1] / "launch" / "recipes"
+
+
+def test_every_recipe_can_be_read_and_has_a_run_folder_and_a_best_metric_of_its_own():
+    files = [file for file in RECIPES.rglob("*.yaml") if file.parent.name != "parts"]
+    recipes = [read_recipe([f"recipe={file}"]) for file in files if not file.name.startswith("base_")]
+    assert len({recipe.run_dir for recipe in recipes}) == len(recipes) > 50
+    for recipe in recipes:
+        if recipe.checkpoint.best_metric is not None:
+            check_metric(recipe.checkpoint.best_metric, recipe.task, recipe.data.validation)
 
 
 @pytest.mark.parametrize("tower", ["passt", "mn10", "atst"])
@@ -93,6 +103,7 @@ def test_a_recipe_is_read_without_the_libraries_that_take_seconds_to_import():
     slow = {"deepspeed", "open_clip", "timm", "torchvision", "transformers", "wandb"}
     code = f"""
 import sys
+from audiotext_dist.evaluation.checks import check_metric
 from audiotext_dist.training.recipe import read_recipe
 import launch.pretrain
 read_recipe(["recipe=launch/recipes/examples/av_overfit.yaml"])
