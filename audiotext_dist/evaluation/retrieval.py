@@ -133,7 +133,7 @@ def _relevance_name(relevance: str) -> str:
 
 
 def check_caption_counts(num_captions: Mapping[str, int], set_name: str) -> None:
-    """Raise ``UserError`` unless all clips, by their keys, have as many captions (or frames), and some."""
+    """Raise ``UserError`` unless all clips, by their keys, have as many captions (or frames)."""
     # Rank-based figures of clips with two captions and of clips with five do not average to anything known.
     fewest, most = (pick(num_captions, key=lambda key: num_captions[key]) for pick in (min, max))
     if num_captions[fewest] != num_captions[most]:

@@ -1,12 +1,12 @@
 """A full-size stage 1, its features, and a stage 2 that learns from them, by the recipes of estimated correspondences.
 
-    python -m tests.bench.bench_correspondences [batch_size=4] [full|tiny]
+    python -m tests.bench.bench_correspondences [BATCH_SIZE] [full|tiny]
 
 PaSST and RoBERTa-large of random weights; clips of 10, 20 and 30 s, captions of a tokenizer of fourteen words; all else
-as launch/recipes/correspondences/clotho/passt_*.yaml have it. fp32 on a CPU, where 4 clips fit into 16 GB; bfloat16 on
-a GPU, where batch_size=64 is the paper's. Each line is a process, whose most memory counts the checkpoint at its end;
-CPU seconds and clips a second are those of the steps without the first, where there are more, and of all that is
-embedded. tiny: two-layer towers, to see in a minute that it works.
+as launch/recipes/correspondences/clotho/passt_*.yaml have it. fp32 on a CPU, where 4 clips, the default, fit into 16
+GB; bfloat16 on a GPU, where 64 are the paper's batch. Each line is a process, whose most memory counts the checkpoint
+at its end; CPU seconds and clips a second are those of the steps without the first, where there are more, and of all
+that is embedded. tiny: two-layer towers, to see in a minute that it works.
 """
 
 import contextlib
