@@ -27,7 +27,7 @@ from typing import BinaryIO
 from filelock import Timeout
 
 from audiotext_dist import storage
-from audiotext_dist.data.cache_folder import CacheFolder, name_of, touch
+from audiotext_dist.data.cache_folder import NOTE, CacheFolder, name_of, touch
 from audiotext_dist.data.read_counts import ReadCounts
 from audiotext_dist.errors import UserError
 from audiotext_dist.retry import RefusalError, RetryConfig, gave_up
@@ -111,12 +111,12 @@ class NodeCache:
         """See ``CacheFolder``."""
         return self._folder.wishes()
 
-    def note(self, path: str, suffix: str, identity: str, make: Callable[[], bytes]) -> bytes:
+    def note(self, path: str, identity: str, make: Callable[[], bytes]) -> bytes:
         """What ``make`` says of the file at ``path``: kept, and made again when the file's identity is another.
 
-        A note counts, and goes, as the shards do.
+        A note counts as the shards do, and goes after them.
         """
-        name = name_of(path) + suffix
+        name = name_of(path) + NOTE
         with self._folder.alone(name):
             found = self._read_note(name, identity)
             if found is None:

@@ -20,6 +20,7 @@ from audiotext_dist import storage
 from audiotext_dist.errors import UserError
 
 _PART, _LOCK, _WANTED, _ROOM, _REFUSED = ".part", ".lock", ".wanted", ".room", ".refused"
+NOTE = ".note"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,11 @@ class CacheFolder:
             self._remove_leftovers()
             part.unlink(missing_ok=True)
             wanted = self._wanted()
-            files = sorted(_entries(part.parent), key=lambda entry: (entry[0].name in wanted, entry[1].st_mtime_ns))
+            # A note is small, and it takes a whole file to make it anew: notes go after all files.
+            files = sorted(
+                _entries(part.parent),
+                key=lambda entry: (entry[0].suffix == NOTE, entry[0].name in wanted, entry[1].st_mtime_ns),
+            )
             taken = sum(entry.st_size for _, entry in files)
             promised = sum(max(0, entry.st_size - 512 * entry.st_blocks) for _, entry in files)
             on_disk = taken - promised + shutil.disk_usage(part.parent).free

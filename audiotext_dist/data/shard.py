@@ -18,7 +18,7 @@ import pyarrow
 
 from audiotext_dist import storage
 from audiotext_dist.data.cache import NodeCache
-from audiotext_dist.data.index import INDEX_SUFFIX, SHARD_SUFFIX, ShardIndex, index_path
+from audiotext_dist.data.index import SHARD_SUFFIX, ShardIndex, index_path
 from audiotext_dist.data.scan import scan_tar
 from audiotext_dist.data.shard_list import LIST_NAME, read_list
 from audiotext_dist.errors import UserError
@@ -216,7 +216,7 @@ def _scanned_index(path: str, name: str, cache: NodeCache) -> ShardIndex:
         return index.to_json()
 
     identity = json.dumps(storage.identity(path, cache.retry), sort_keys=True)
-    return ShardIndex.from_json(cache.note(path, INDEX_SUFFIX, identity, scan), storage.public_name(path))
+    return ShardIndex.from_json(cache.note(path, identity, scan), storage.public_name(path))
 
 
 def _check_belongs(path: str, index: ShardIndex) -> None:

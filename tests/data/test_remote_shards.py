@@ -448,6 +448,20 @@ def test_a_remote_tar_without_an_index_is_scanned_once(elsewhere: Path, cache: N
         assert load_shards(f"{address}/0.tar", cache)[0].index.keys == ["b"]
 
 
+def test_tars_without_an_index_are_scanned_once_where_the_cache_holds_only_some_of_them(
+    elsewhere: Path, cache: NodeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, content = fsspec.filesystem("memory"), elsewhere.read_bytes()
+    for number in range(6):
+        store.pipe_file(f"/unlisted/{number}.tar", content)
+    tight = dataclasses.replace(cache, max_bytes=5 * len(content) // 2)
+    monkeypatch.setattr("audiotext_dist.data.shard.NUM_INDEX_READERS", 1)
+    assert len(load_shards("memory://unlisted", tight)) == 6
+    assert len(shards_in(tight)) < 6
+    monkeypatch.setattr("audiotext_dist.data.shard.scan_tar", lambda *_: pytest.fail("scanned again"))
+    assert len(load_shards("memory://unlisted", tight)) == 6
+
+
 def test_a_local_tar_without_an_index_is_scanned_once(
     elsewhere: Path, cache: NodeCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
