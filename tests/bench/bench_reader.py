@@ -1,27 +1,24 @@
-"""What reading costs: ``python -m tests.bench.bench_reader [decode] [tar] [plan] [resume] [memory]``
+"""What reading costs: ``python -m tests.bench.bench_reader [decode] [tar] [fbank] [plan] [resume] [memory]``
 
 Each part prints a table in Markdown; without words all of them run. Real clips where they are at hand.
 
-decode: CPU time a clip of this reader, of the bare decoders on the same bytes, and of stock pipelines.
-tar: access to the members alone. plan: 100 M clips in 400 k shards on 1,024 ranks. resume: the first batch of an
-epoch, and that of its last tenth. memory: a worker's over 100,000 clips.
+decode: CPU time a clip of this reader, of the bare decoders on the same bytes, and of stock pipelines; then clips a
+second by the clock. tar: access to the members alone. fbank: filter banks of 64 clips on the device. plan: 100 M clips
+in 400 k shards on 1,024 ranks. resume: the first batch of an epoch, and that of its last tenth. memory: a worker's
+over 100,000 clips.
 
-CPU time of all processes, not the clock: other programs on the machine do not change it much. Contenders take
-turns, and each one's best round counts.
+CPU time of all processes, where the clock is not named: other programs on the machine do not change it much.
 """
 
 from __future__ import annotations
 
 import contextlib
-import gc
 import io
 import itertools
 import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -39,22 +36,21 @@ from audiotext_dist.data.plan import Plan
 from audiotext_dist.data.sample import Sample, frame_member
 from audiotext_dist.data.sets import DataConfig, SetConfig, make_plan, open_sets
 from audiotext_dist.data.shard import Shard, load_shards
-from audiotext_dist.data.shard_list import list_row, write_list
 from audiotext_dist.data.shard_reader import ShardReader
 from audiotext_dist.data.workers import iterate
 from audiotext_dist.distributed import World
 from shards.media import MediaConfig, try_clip
 from shards.record import Record
 from tests.bench import stock_pipelines
-from tests.bench.bench_build import REAL_DATA, cpu_seconds
-from tests.clips import make_sample, write_shards
+from tests.bench.bench_build import REAL_DATA
+from tests.bench.passes import measure_passes
+from tests.bench.reader_fbank import measure_fbank
+from tests.bench.reader_scale import compare_starts, measure_plan
+from tests.clips import write_shards
 
-NUM_ROUNDS = 3
 BATCH_SIZE = 64
 SAMPLE_RATE_HZ = 32000
 FRAME_PIXELS = 224
-NUM_LISTED, CLIPS_A_SHARD = 400_000, 250
-MAX_LINKS = 60_000  # names of one file that a disk allows
 CPU = torch.device("cpu")
 
 
@@ -84,6 +80,7 @@ def main() -> None:
     parts: dict[str, Callable[[Path], None]] = {
         "decode": compare_decoding,
         "tar": compare_tar_access,
+        "fbank": measure_fbank,
         "plan": measure_plan,
         "resume": compare_starts,
         "memory": measure_memory,
@@ -188,9 +185,10 @@ def exhaust(make: Callable[[], Iterator[object]]) -> None:
 
 
 def compare_decoding(folder: Path) -> None:
-    """Milliseconds of CPU a clip, without workers and with two."""
-    print("| clips | workers | bare | reader | reader / bare | webdataset | x | CLAP style | x |")
-    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    """Milliseconds of CPU a clip, without workers and with two; then clips a second by the clock, with two."""
+    by_the_clock = list[str]()
+    print("| clips | workers | bare | reader | reader / bare | webdataset | x | CLAP style | x | spread |")
+    print("|---" * 10 + "|", flush=True)
     for case in cases(folder):
         clips, num_samples = encoded_clips(case), round(case.clip_seconds * SAMPLE_RATE_HZ)
         for num_workers in (0, 2):
@@ -205,28 +203,28 @@ def compare_decoding(folder: Path) -> None:
                     for style in ("webdataset", "clap")
                 ),
             ]
-            bare_ms, reader_ms, stock_ms, clap_ms = (1000 * each / len(clips) for each in cpu_a_pass(contenders))
+            used, clock = measure_passes(contenders)
+            bare, reader, stock, clap = (1000 * seconds / len(clips) for seconds in used.a_pass)
             print(
-                f"| {case.title} | {num_workers} | {bare_ms:.2f} | {reader_ms:.2f} | {reader_ms / bare_ms:.2f} "
-                f"| {stock_ms:.2f} | {stock_ms / reader_ms:.2f} | {clap_ms:.2f} | {clap_ms / reader_ms:.2f} |",
+                f"| {case.title} | {num_workers} | {bare:.2f} | {reader:.2f} | {reader / bare:.2f} | {stock:.2f} "
+                f"| {stock / reader:.2f} | {clap:.2f} | {clap / reader:.2f} | {used.spread:.0%} |",
                 flush=True,
             )
-
-
-def cpu_a_pass(contenders: list[Callable[[int], None]]) -> list[float]:
-    """CPU seconds that one pass over the set takes each of them; what starting takes is subtracted."""
-    best = [float("inf")] * len(contenders)
-    for _ in range(NUM_ROUNDS):
-        for number, run in enumerate(contenders):
-            few, many = cpu_seconds(partial(run, 1)), cpu_seconds(partial(run, 3))
-            best[number] = min(best[number], (many - few) / 2)
-    return best
+            bare, reader, stock, clap = (len(clips) / seconds for seconds in clock.a_pass)
+            if num_workers:
+                by_the_clock.append(
+                    f"| {case.title} | {bare:.0f} | {reader:.0f} | {reader / bare:.2f} | {stock:.0f} "
+                    f"| {reader / stock:.2f} | {clap:.0f} | {reader / clap:.2f} | {clock.spread:.0%} |"
+                )
+    print("\nClips a second by the clock, two processes each:\n")
+    print("| clips | bare | reader | reader / bare | webdataset | x | CLAP style | x | spread |")
+    print("|---" * 9 + "|", *by_the_clock, sep="\n", flush=True)
 
 
 def compare_tar_access(folder: Path) -> None:
     """The bytes of every sample's members, samples a CPU second; and of those that a training step takes."""
-    print("| clips | KB read | pread alone | reader, in the plan's order | webdataset, all members | x |")
-    print("|---|---|---|---|---|---|", flush=True)
+    print("| clips | KB read | pread alone | reader, in the plan's order | webdataset, all members | x | spread |")
+    print("|---" * 7 + "|", flush=True)
     sound, street, film, all_frames, _ = cases(folder)
     everything = ["flac", "json", *(f"{number}.jpg" for number in range(4))]
     for case, title, members in (
@@ -240,11 +238,12 @@ def compare_tar_access(folder: Path) -> None:
         reads = partial(read_members, shards, members)
         parses = partial(stock_pipelines.members, case.shards)
         # One pass is too short to be measured.
-        used = cpu_a_pass([lambda n, make=make: exhaust(lambda: make(5 * n)) for make in (raw, reads, parses)])  # type: ignore[misc]
-        bound, ours, theirs = (5 * case.num_clips / each for each in used)
+        contenders = [lambda n, make=make: exhaust(lambda: make(5 * n)) for make in (raw, reads, parses)]  # type: ignore[misc]
+        used, _ = measure_passes(contenders)
+        bound, ours, theirs = (5 * case.num_clips / each for each in used.a_pass)
         lengths = [shard.index.members[member][:, 1].sum() for shard in shards for member in members]
         kilobytes = sum(lengths) / case.num_clips / 1000
-        speeds = f"{bound:,.0f} | {ours:,.0f} | {theirs:,.0f} | {ours / theirs:.1f}"
+        speeds = f"{bound:,.0f} | {ours:,.0f} | {theirs:,.0f} | {ours / theirs:.1f} | {used.spread:.0%}"
         print(f"| {title} | {kilobytes:.0f} | {speeds} |", flush=True)
 
 
@@ -278,109 +277,6 @@ def read_members(shards: list[Shard], members: list[str], num_passes: int) -> It
                         yield reader.read(slot.shard, slot.row, member)
 
 
-def measure_plan(folder: Path) -> None:
-    """100 M clips in 400 k shards on 1,024 ranks; each part in a process of its own."""
-    print("| what | CPU seconds | MB |\n|---|---|---|", flush=True)
-    for name in ("plan_of_a_rank", "open_a_large_set"):
-        code = f"from {__spec__.name} import {name}; {name}({str(folder)!r})"
-        subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def own_mb() -> float:
-    """Memory of this process, megabytes."""
-    return psutil.Process().memory_full_info().uss / 1e6
-
-
-def plan_of_a_rank(folder: str) -> None:
-    """Make the plan, then one rank's batches."""
-    before, start = own_mb(), time.process_time()
-    plan = Plan(
-        set_sizes=[[CLIPS_A_SHARD] * NUM_LISTED],
-        set_weights=[1.0],
-        seed=0,
-        epoch=0,
-        global_batch_size=32_768,
-        num_lanes=1024,
-        window_shards=4,
-    )
-    made = time.process_time()
-    print(f"| plan of {NUM_LISTED * CLIPS_A_SHARD:,} clips | {made - start:.2f} | {own_mb() - before:.0f} |")
-    for number in range(plan.num_batches):
-        plan.batch(number, rank=77, world_size=1024)
-    seconds = time.process_time() - made
-    print(
-        f"| a rank's batches of a whole epoch, {plan.num_batches:,} | {seconds:.2f} | {own_mb() - before:.0f} in all |"
-    )
-
-
-def open_a_large_set(folder: str) -> None:
-    """From ``open_sets`` to the first batch of one of 1,024 ranks, over a set with a list of its shards.
-
-    The tars are a few under many names, all of the same clips; indexes are written where the rank will look for one.
-    """
-    out = Path(folder) / "large"
-    write_shards(out, [[replace(make_sample(row % 100), key=f"clip-{row}") for row in range(CLIPS_A_SHARD)]])
-    index = load_shards(str(out))[0].index
-    tar, stored = out / index.shard_name, (out / "00000.index.json").read_bytes()
-    rows = []
-    for number in range(NUM_LISTED):
-        name = f"{number:06d}.tar"
-        if number % MAX_LINKS == 0:
-            copy = out / name
-            copy.write_bytes(tar.read_bytes())
-        else:
-            (out / name).hardlink_to(copy)
-        own = stored.replace(b"00000.tar", name.encode())
-        rows.append({**list_row(index, own), "name": name})
-    tar.unlink()
-    write_list(str(out), rows)
-    del rows
-    gc.collect()
-    data = DataConfig(train={"own": SetConfig(shards=str(out))}, sample_rate_hz=8000, clip_seconds=1, num_lanes=1024)
-
-    before, start = own_mb(), time.process_time()
-    sets = open_sets(data.train, data, frames=True, captions=True)
-    opened = time.process_time()
-    print(f"| open the set of {NUM_LISTED:,} shards | {opened - start:.2f} | {own_mb() - before:.0f} |")
-    world = World(rank=77, size=1024)
-
-    def plan_of(epoch: int) -> Plan:
-        return make_plan(sets, data, seed=0, epoch=epoch, global_batch_size=32_768, world_size=world.size)
-
-    decode = data.decode_config(frames="random", frame_pixels=16, random=True)
-    batches = TrainingBatches(sets, plan_of, decode, seed=0, world=world, tokenize=None)
-    for shard in {slot.shard for slot in plan_of(0).batch(0, rank=world.rank, world_size=world.size)}:
-        name = f"{shard:06d}"
-        (out / f"{name}.index.json").write_bytes(stored.replace(b"00000.tar", f"{name}.tar".encode()))
-    written = time.process_time()
-    batch = batches[0]
-    seconds = time.process_time() - written
-    print(f"| its first batch of a rank, {len(batch.keys)} clips | {seconds:.2f} | {own_mb() - before:.0f} in all |")
-    print(f"| together | {time.process_time() - start:.2f} | {own_mb() - before:.0f} |", flush=True)
-
-
-def compare_starts(folder: Path) -> None:
-    """The first batch of 1 M clips, from step 0 and from 90 per cent, with two workers; best of three."""
-    (shard,) = load_shards(write_shards(folder / "small", [[make_sample(row, num_frames=0) for row in range(250)]]))
-    data = DataConfig(train={"own": SetConfig(shards=str(folder / "small"))}, sample_rate_hz=8000, clip_seconds=1)
-    shards = [shard] * 4000
-
-    def plan_of(epoch: int) -> Plan:
-        return make_plan([shards], data, seed=0, epoch=epoch, global_batch_size=256, world_size=1)
-
-    def first_batch(step: int) -> float:
-        start = time.perf_counter()
-        decode = data.decode_config(frames="none", frame_pixels=0, random=True)
-        batches = TrainingBatches([shards], plan_of, decode, seed=0, world=World(), tokenize=None)
-        next(iterate(batches, range(step, plan_of(0).num_batches), num_workers=2, device=CPU))
-        return time.perf_counter() - start
-
-    print("| first batch of 1,000,000 clips | seconds |\n|---|---|")
-    num_batches = plan_of(0).num_batches
-    for title, step in (("from step 0", 0), (f"from step {num_batches * 9 // 10}", num_batches * 9 // 10)):
-        print(f"| {title} of {num_batches} | {min(first_batch(step) for _ in range(3)):.2f} |", flush=True)
-
-
 def measure_memory(folder: Path) -> None:
     """A worker's own memory while it reads 100,000 clips, over many epochs of one set."""
     case = replace(cases(folder)[0], clip_seconds=0.5)
@@ -392,7 +288,7 @@ def measure_memory(folder: Path) -> None:
     print("| clips read | " + " | ".join(f"{tenth * 10_000:,}" for tenth in range(1, 10)) + " |")
     print("|---" * 10 + "|")
     for number, _ in enumerate(batches, 2):
-        if number * 10 // total > (number - 1) * 10 // total:
+        if (tenths := number * 10 // total) > (number - 1) * 10 // total and tenths < 10:
             mb.append(f"{worker.memory_full_info().uss / 1e6:.1f}")
     print("| the worker's own memory, MB | " + " | ".join(mb) + " |", flush=True)
 
