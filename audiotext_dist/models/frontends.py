@@ -21,8 +21,11 @@ from audiotext_dist.errors import UserError, require_positive
 LOWEST_FREQUENCY_HZ = 20.0
 PREEMPHASIS = 0.97
 INT16_FULL_SCALE = 32768.0
-# A clip grows about 30-fold on its way to the filter banks: a few at once bound the memory, and fit a CPU's cache.
-CLIPS_AT_ONCE = 4
+# A clip grows about 30-fold on its way to the filter banks. A few at once fit a CPU's cache; a GPU takes the batch, or
+# as much of it as so many bytes hold.
+CPU_CLIPS_AT_ONCE = 4
+GPU_BYTES = 2 << 30
+COPIES_OF_FRAMES = 6  # cut, emphasised and padded; their spectrum, its power, and what the FFT itself needs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +125,8 @@ class Fbank(nn.Module):
     def log_mel_energies(self, waveform_NS: Tensor) -> Tensor:
         """Kaldi's log-mel energies before any normalisation, float32 [N, num_fbank_frames, num_mel_bins]."""
         assert self.mel_bank_KF.dtype == torch.float32, "the frontend was cast to fewer bits"
-        return torch.cat([self._log_mel_energies(chunk_NS) for chunk_NS in torch.split(waveform_NS, CLIPS_AT_ONCE)])
+        num_clips = clips_at_once(waveform_NS.device, self.config.num_fbank_frames, self.fft_size)
+        return torch.cat([self._log_mel_energies(chunk_NS) for chunk_NS in torch.split(waveform_NS, num_clips)])
 
     def _log_mel_energies(self, waveform_NS: Tensor) -> Tensor:
         waveform_NS = _full_scale(waveform_NS)
@@ -215,7 +219,8 @@ class LogMel(nn.Module):
                 lowest_N = (band_uniforms_N2[:, 0] * config.min_hz_jitter).floor()
                 highest_N = self.nyquist_hz - (band_uniforms_N2[:, 1] * config.max_hz_jitter).floor()
             mel_bank_NFK = self._mel_bank(lowest_N, highest_N)
-            chunks = zip(*(torch.split(each, CLIPS_AT_ONCE) for each in (waveform_NS, mel_bank_NFK)), strict=True)
+            num_clips = clips_at_once(waveform_NS.device, waveform_NS.shape[1] // config.hop_samples, config.fft_size)
+            chunks = zip(*(torch.split(each, num_clips) for each in (waveform_NS, mel_bank_NFK)), strict=True)
             energies_NFT = torch.cat([bank_NFK @ self._power(chunk_NS) for chunk_NS, bank_NFK in chunks])
             return (((energies_NFT + config.floor).log() - config.mean) / config.std).unsqueeze(1)
 
@@ -244,6 +249,13 @@ class LogMel(nn.Module):
         # How many widths a frequency lies above the left corner of each triangle, whose peak is at 1.
         above_NFK = (_mel(frequency_K) - lowest_N11) / width_N11 - left_F1
         return torch.minimum(above_NFK, 2 - above_NFK).clamp(min=0)
+
+
+def clips_at_once(device: torch.device, num_frames: int, fft_size: int) -> int:
+    """How many clips of so many spectrogram frames go to their spectra together."""
+    if device.type == "cpu":
+        return CPU_CLIPS_AT_ONCE
+    return max(1, GPU_BYTES // (COPIES_OF_FRAMES * num_frames * fft_size * torch.float32.itemsize))
 
 
 def resampled(waveform_NS: Tensor, sample_rate_hz: int, wanted_hz: int) -> Tensor:

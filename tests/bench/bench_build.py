@@ -50,18 +50,21 @@ def main() -> None:
 
 
 def compare(title: str, media: list[Path], config: MediaConfig, num_rows: int) -> None:
-    """The best of some rounds of each: what else the machine does only adds to CPU time."""
+    """The best of some rounds of each: what else the machine does only adds to CPU time.
+
+    Of a build the best long run less the best short one: a disturbed short run would make their difference too good.
+    """
     some = media[:: max(1, len(media) // 40)]
-    rates: dict[str, list[float]] = {"build": [], "bare": [], "ffmpeg": []}
+    shorts, longs, bares, ffmpegs = list[float](), list[float](), list[float](), list[float]()
     for _ in range(NUM_ROUNDS):
         with tempfile.TemporaryDirectory() as folder:
-            short = cpu_seconds(lambda out=Path(folder) / "short": run_build(media, config, out, num_rows // 8))
-            long = cpu_seconds(lambda out=Path(folder) / "long": run_build(media, config, out, num_rows))
-        rates["build"].append((num_rows - num_rows // 8) / (long - short))
-        rates["bare"].append(len(media) / cpu_seconds(lambda: encode(media, config)))
+            shorts.append(cpu_seconds(lambda out=Path(folder) / "s": run_build(media, config, out, num_rows // 8)))
+            longs.append(cpu_seconds(lambda out=Path(folder) / "l": run_build(media, config, out, num_rows)))
+        bares.append(cpu_seconds(lambda: encode(media, config)))
         if shutil.which("ffmpeg"):
-            rates["ffmpeg"].append(len(some) / cpu_seconds(lambda: run_ffmpeg(some, config)))
-    build, bare, ffmpeg = (max(found, default=math.nan) for found in rates.values())
+            ffmpegs.append(cpu_seconds(lambda: run_ffmpeg(some, config)))
+    build = (num_rows - num_rows // 8) / (min(longs) - min(shorts))
+    bare, ffmpeg = len(media) / min(bares), len(some) / min(ffmpegs, default=math.nan)
     ratios = f"{build / bare:13.2f}{build / ffmpeg:15.2f}"
     print(f"{title:30}{build:6.2f}{bare:8.2f}{ffmpeg:9.2f}{ratios}", flush=True)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +155,30 @@ def test_frontends_stay_on_the_device_of_their_batch() -> None:
         for module, inputs in _frontends_and_inputs("cuda"):
             found = module(*inputs)
             assert (found.device.type, found.dtype, len(found)) == ("cuda", torch.float32, len(inputs[0]))
+
+
+def test_a_gpu_takes_as_much_of_a_batch_at_once_as_its_memory_bound_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    for frontend, spectrum in ((Fbank, "_log_mel_energies"), (LogMel, "_power")):
+        own = getattr(frontend, spectrum)
+
+        def note(self: nn.Module, clips_NS: Tensor, own: Callable[[nn.Module, Tensor], Tensor] = own) -> Tensor:
+            sizes.append(len(clips_NS))
+            return own(self, clips_NS)
+
+        monkeypatch.setattr(frontend, spectrum, note)
+
+    def taken(num_clips: int, seconds: int) -> list[int]:
+        sizes.clear()
+        with FakeTensorMode():
+            clips_NS = torch.zeros(num_clips, seconds * 32000, dtype=torch.int16, device="cuda")
+            Fbank(FbankConfig(num_fbank_frames=100 * seconds), 32000).cuda().log_mel_energies(clips_NS)
+            LogMel(LogMelConfig(), 32000).cuda()(clips_NS)
+        return sizes
+
+    assert taken(64, 10) == [64, 64]
+    assert taken(100, 10) == [87, 13, 87, 13]
+    assert taken(2, 1800) == [1, 1, 1, 1]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
