@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from audiotext_dist import configuration
-from audiotext_dist.data.embedding import EmbedConfig, embed_shards, plan_jobs
+from audiotext_dist.data.embedding import EmbedConfig, embed_shards, jobs_to_do, plan_jobs
 from audiotext_dist.data.encoders import Modality, encoder_of
 from audiotext_dist.data.sets import open_sets
 from audiotext_dist.distributed import World
@@ -65,9 +65,10 @@ def main() -> None:
     sets = {**recipe.data.train, **{f"validation {name}": chosen for name, chosen in recipe.data.validation.items()}}
     opened = open_sets(sets, recipe.data, frames="image" in encoders, captions="text" in encoders)
     folders = [chosen.features for chosen in sets.values()]
-    jobs = plan_jobs(zip(opened, folders, strict=True), config, encoders, recipe.data.node_cache().retry)
+    retry = recipe.data.node_cache().retry
+    jobs = plan_jobs(zip(opened, folders, strict=True), config, encoders, retry)
     own = jobs[world.rank :: world.size]
-    to_do = [job for job in own if not job.is_finished]
+    to_do = jobs_to_do(own, config, retry)
     try:
         num_bad = embed_shards(model.to(world.device), to_do, config, encoders, recipe.data, world)
     except UserError as error:

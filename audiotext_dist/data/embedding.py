@@ -34,6 +34,7 @@ from audiotext_dist.data.feature_files import (
     content_sha256,
     feature_path,
     find_feature_files,
+    is_damaged,
 )
 from audiotext_dist.data.row_batches import RowBatches
 from audiotext_dist.data.sets import DataConfig
@@ -57,7 +58,7 @@ class EmbedConfig:
     recipe, every tower of a run. shards: a set of its own, in place of the recipe's sets. out: the folder or URL of
     its files, default beside the shards. dtype: fp32 or fp16. batch_size: clips a rank embeds at once.
     max_bad_share: of the clips a rank has read; above it, and ten of them, the job stops. overwrite: make stale
-    files anew.
+    and damaged files anew; the others are read whole for it.
     """
 
     features: str = "???"
@@ -80,11 +81,14 @@ class EmbedConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A shard and the file that it is to have, or has."""
+    """A shard and the file that it is to have, or has.
+
+    finished: the header of a file that is there and up to date.
+    """
 
     shard: Shard
     path: str
-    is_finished: bool
+    finished: FeatureHeader | None
 
 
 def plan_jobs(
@@ -114,8 +118,21 @@ def plan_jobs(
                 )
     found = find_feature_files(list(shard_of), retry, refuse_damaged=not config.overwrite)
     return [
-        Job(shard=shard, path=path, is_finished=file is not None and _is_up_to_date(file, shard, config, encoders))
+        Job(
+            shard=shard,
+            path=path,
+            finished=file.header if file is not None and _is_up_to_date(file, shard, config, encoders) else None,
+        )
         for (path, shard), file in zip(shard_of.items(), found, strict=True)
+    ]
+
+
+def jobs_to_do(jobs: Sequence[Job], config: EmbedConfig, retry: RetryConfig | None = None) -> list[Job]:
+    """Those of a rank's jobs that are not finished; with ``overwrite`` also those whose file turns out damaged."""
+    return [
+        job
+        for job in jobs
+        if job.finished is None or (config.overwrite and is_damaged(job.path, job.finished.content_sha256, retry))
     ]
 
 

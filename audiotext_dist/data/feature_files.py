@@ -30,6 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load
 
 from audiotext_dist import storage
 from audiotext_dist.data.encoders import Encoder, Modality
@@ -148,6 +150,15 @@ def content_sha256(tensors: Iterable[tuple[str, NDArray[Any]]]) -> str:
     for _, tensor in tensors:
         content.update(tensor.data)
     return content.hexdigest()
+
+
+def is_damaged(path: str, content_sha256_said: str, retry: RetryConfig | None = None) -> bool:
+    """Whether a feature file's content is another than its header says; all of it is read."""
+    try:
+        tensors = load(storage.read_bytes(path, retry))
+    except SafetensorError:
+        return True
+    return content_sha256(sorted(tensors.items())) != content_sha256_said
 
 
 def check_feature_name(name: str, key: str) -> None:

@@ -383,16 +383,20 @@ def test_a_sample_of_a_large_set_is_looked_at(embedded_set, tmp_path, monkeypatc
         open_features(load_shards(str(tmp_path / "set")), "own", None, {}, "own")
 
 
-def test_a_flipped_bit_is_noticed_before_a_row_is_used(embedded_set, tmp_path):
+def test_a_flipped_bit_is_noticed_before_a_row_is_used_and_mended_as_is_told(embedded_set, tmp_path, run_embed, capsys):
     shutil.copytree(embedded_set, tmp_path / "set")
     path = tmp_path / "set" / "00001.own.safetensors"
-    content = bytearray(path.read_bytes())
+    whole = path.read_bytes()
+    content = bytearray(whole)
     content[-1] ^= 1
     path.write_bytes(content)
     reader = reader_of(str(tmp_path / "set"), "image")
     reader.read(0, 0)
     with pytest.raises(UserError, match=r"00001.own.safetensors is damaged \(its content has another checksum\)"):
         reader.read(1, 0)
+    run_embed(*PICTURES, f"shards={tmp_path / 'set'}", "features=own", "overwrite=true")
+    assert "made 1 files, 0 clips could not be embedded; 2 files were there already" in capsys.readouterr().out
+    assert path.read_bytes() == whole
 
 
 def test_a_file_that_changes_during_a_run_is_noticed(embedded_set, tmp_path, run_embed):
