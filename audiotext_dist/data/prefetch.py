@@ -17,6 +17,8 @@ from audiotext_dist.data.shard import Shard
 from audiotext_dist.errors import UserError
 
 Upcoming = Callable[[int], Iterable[int]]
+# Of small files a cache holds thousands: they would all be looked at before the first is fetched.
+MAX_FILES_AHEAD = 256
 
 
 class RemoteFile(NamedTuple):
@@ -154,19 +156,28 @@ class _Thread(threading.Thread):
     def _fetch_from(self, step: int, say: Callable[[Iterable[str]], None]) -> None:
         """Fetch what is missing, until there is a newer step to begin with."""
         shard_of = self._within_budget(step)
+        if self._is_told_more:
+            return
         if list(shard_of) != list(self._wanted):
             say(name_of(file.path, file.sha256) for file in shard_of)
         # What was driven out again is not fetched twice: where the cache is too small that would never end.
         self._wanted = {file: self._wanted.get(file, False) for file in shard_of}
         for file, is_done in self._wanted.items():
-            if self._step is not None or self._is_over:
+            if self._is_told_more:
                 return
             if not is_done:
                 self._open_index(shard_of[file])
                 self._wanted[file] = self._fetch(file)
 
+    @property
+    def _is_told_more(self) -> bool:
+        return self._step is not None or self._is_over
+
     def _within_budget(self, step: int) -> dict[RemoteFile, Shard]:
-        """The files that come next, each with the shard that it is read with."""
+        """The files that come next, each with the shard that it is read with; fewer as soon as there is a newer step.
+
+        To know what is read beside a shard takes a request the first time.
+        """
         wanted: dict[RemoteFile, Shard] = {}
         seen: set[int] = set()
         num_bytes = 0
@@ -176,7 +187,7 @@ class _Thread(threading.Thread):
             seen.add(shard)
             files = list(self._files_of(shard))
             num_bytes += sum(file.num_bytes for file in files)
-            if num_bytes > self._max_bytes:
+            if num_bytes > self._max_bytes or len(wanted) + len(files) > MAX_FILES_AHEAD or self._is_told_more:
                 break
             wanted |= dict.fromkeys(files, self._shards[shard])
             if len(seen) == len(self._shards):  # the whole set: all that follow are repetitions

@@ -23,6 +23,7 @@ from audiotext_dist.data.batch import Batch
 from audiotext_dist.data.cache import NodeCache
 from audiotext_dist.data.loader import EvaluationBatches, TrainingBatches
 from audiotext_dist.data.plan import Plan
+from audiotext_dist.data.prefetch import Prefetcher, RemoteFile
 from audiotext_dist.data.read_counts import ReadCounts
 from audiotext_dist.data.sets import DataConfig, SetConfig, make_plan, warn_of_small_cache
 from audiotext_dist.data.shard import Shard, _listed_index, load_shards
@@ -272,6 +273,30 @@ def test_a_warmed_run_never_waits_across_the_epochs_end_too(site: str, cache: No
     else:
         assert total.cache_misses > NUM_SHARDS  # each epoch fetches anew what was given up
         assert total.bytes_fetched > NUM_SHARDS * shard_bytes / 2
+
+
+def test_of_small_files_beside_local_shards_some_are_looked_at_and_from_the_newest_step_on(
+    folder: Path, cache: NodeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("audiotext_dist.data.prefetch.MAX_FILES_AHEAD", 10)
+    store, shards = fsspec.filesystem("memory"), load_shards(str(folder))[:1] * 100
+    for number in range(100):
+        store.pipe_file(f"/small/{number}.tar", bytes(100))
+    looked_at: list[int] = []
+
+    def beside(shard: int) -> list[RemoteFile]:
+        looked_at.append(shard)
+        if shard == 3:
+            prefetcher.advance(50)
+        return [RemoteFile(f"memory://small/{shard}.tar", 100, None)]
+
+    prefetcher = Prefetcher(
+        cache, shards, lambda step: range(step, 100), max_bytes=10**6, beside=beside, has_remote=True
+    )
+    prefetcher.advance(0)
+    prefetcher.wait_until_idle()
+    assert looked_at == [0, 1, 2, 3, *range(50, 61)]
+    assert {path.name.partition("-")[2] for path in shards_in(cache)} == {f"{number}.tar" for number in range(50, 60)}
 
 
 def test_listed_indexes_are_fetched_ahead_with_their_shards(site: str, folder: Path, cache: NodeCache) -> None:
