@@ -68,7 +68,7 @@ class Batch:
         return _picked(self.frames_BLHWC, self.lone_frame_B)
 
     def pin_memory(self) -> Batch:
-        """The batch in page-locked memory (called by the DataLoader)."""
+        """The batch in page-locked memory, from which a GPU copies it while the CPU goes on."""
         return self._with_tensors(torch.Tensor.pin_memory)
 
     def to(self, device: torch.device) -> Batch:

@@ -101,6 +101,12 @@ class NodeCache:
         """Remove what is held of a remote file, which is not what it should be."""
         self._folder.file(name_of(path, sha256)).unlink(missing_ok=True)
 
+    def holds(self, path: str, inode: int) -> bool:
+        """Whether a remote file that was opened here is still in the folder."""
+        with contextlib.suppress(FileNotFoundError):
+            return self._folder.file(name_of(path)).stat().st_ino == inode
+        return False
+
     def know(self, path: str, sha256: str) -> None:
         """Say what the content of a remote file is that was opened without; who asks for that finds it here."""
         if storage.is_remote(path):

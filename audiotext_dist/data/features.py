@@ -7,7 +7,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,13 @@ from audiotext_dist.data.read_counts import ReadCounts
 from audiotext_dist.errors import UserError
 
 
+class _Opened(NamedTuple):
+    """Slices of a mapped file, and by which number the disk knows it."""
+
+    tensors: dict[str, Any]
+    inode: int
+
+
 class FeatureReader:
     """Reads rows of feature files; maps them lazily, so it may cross into worker processes.
 
@@ -52,7 +59,7 @@ class FeatureReader:
         self._features, self._modality, self._max_open_files = features, modality, max_open_files
         self._cache = NodeCache() if cache is None else cache
         self._counts = ReadCounts()
-        self._tensors: OrderedDict[int, dict[str, Any]] = OrderedDict()
+        self._opened: OrderedDict[int, _Opened] = OrderedDict()
         self._verified: set[int] = set()
 
     def read(self, shard: int, row: int) -> NDArray[np.float32]:
@@ -93,10 +100,17 @@ class FeatureReader:
         taken, self._counts = self._counts, ReadCounts()
         return taken
 
+    def close_removed(self) -> None:
+        """Close remote files that the cache has removed: for as long as they are mapped, they take up its disk."""
+        for shard, opened in list(self._opened.items()):
+            path = self._features[shard].path
+            if storage.is_remote(path) and not self._cache.holds(path, opened.inode):
+                del self._opened[shard]
+
     def _open(self, shard: int) -> dict[str, Any]:
-        if shard in self._tensors:
-            self._tensors.move_to_end(shard)
-            return self._tensors[shard]
+        if shard in self._opened:
+            self._opened.move_to_end(shard)
+            return self._opened[shard].tensors
         file = self._features[shard].file
         descriptor = _descriptor(file, self._cache, self._counts)
         names = [self._modality, OFFSETS] if self._modality == "text" else [self._modality]
@@ -107,19 +121,19 @@ class FeatureReader:
                 _verify(file, opened)
                 self._verified.add(shard)
             tensors = {name: opened.get_slice(name) for name in names}  # type: ignore[no-untyped-call]
+            self._opened[shard] = _Opened(tensors, os.fstat(descriptor).st_ino)
         except (SafetensorError, OSError) as error:  # a file without this tensor, too
             shown = storage.public_name(file.path)
             raise UserError(f"{shown} cannot be read ({error}): make it anew with launch/embed.py") from None
         finally:
             os.close(descriptor)
-        self._tensors[shard] = tensors
-        if len(self._tensors) > self._max_open_files:
-            self._tensors.popitem(last=False)
+        if len(self._opened) > self._max_open_files:
+            self._opened.popitem(last=False)
         return tensors
 
     def __getstate__(self) -> dict[str, object]:
         # Mapped files belong to one process.
-        return {**self.__dict__, "_tensors": OrderedDict()}
+        return {**self.__dict__, "_opened": OrderedDict()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +167,11 @@ class Features:
         """What is read with a shard from the node's cache, each file once."""
         found = [reader.remote_file(shard) for reader in self.readers]
         return dict.fromkeys(file for file in found if file is not None)
+
+    def close_removed(self) -> None:
+        """Close remote files that the cache has removed."""
+        for reader in self.readers:
+            reader.close_removed()
 
     def take_counts(self) -> ReadCounts:
         """What reading cost since the last call."""

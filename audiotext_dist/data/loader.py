@@ -79,6 +79,7 @@ class TrainingBatches(Dataset[Batch]):
             UserError: so many samples in a row cannot be decoded that the set must be broken.
         """
         self._reader.close_removed()
+        self._features.close_removed()
         self._prefetcher.advance(step)
         bad_samples: list[BadSample] = []
         arrays = self.memory.take()
@@ -162,6 +163,7 @@ class EvaluationBatches(Dataset[Batch]):
             UserError: a clip cannot be decoded; a silently smaller test set would not compare.
         """
         self._reader.close_removed()
+        self._features.close_removed()
         self._prefetcher.advance(number)
         arrays = self.memory.take()
         clips = [self._decode_slot(slot, arrays.clip(place)) for place, slot in enumerate(self._batches[number])]

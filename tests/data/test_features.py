@@ -358,6 +358,26 @@ def test_remote_features_are_fetched_ahead_like_shards(embedded_set, tmp_path, m
     assert later.cache_hits > 0
 
 
+def test_remote_features_that_the_cache_removed_do_not_keep_its_disk(embedded_set, tmp_path, monkeypatch):
+    monkeypatch.setenv("AUDIOTEXT_CACHE_DIR", str(tmp_path / "cache"))
+    store = fsspec.filesystem("memory")
+    for path in embedded_set.glob("*.safetensors"):
+        store.pipe_file(f"/removed/{path.name}", path.read_bytes())
+    words = [*PICTURES, "data.frame_features=own", "data.train.own.features=memory://removed"]
+    batches = training_batches(prepared(str(embedded_set), tmp_path, *words))
+
+    def removed_but_mapped() -> int:
+        return sum(str(tmp_path) in line and "(deleted)" in line for line in Path("/proc/self/maps").open())
+
+    batches[0]
+    batches._prefetcher.wait_until_idle()
+    for path in (tmp_path / "cache").glob("*.safetensors"):
+        path.unlink()
+    assert removed_but_mapped() > 0
+    batches[1]
+    assert removed_but_mapped() == 0
+
+
 @pytest.mark.parametrize("change", [another_shard, a_missing_file, a_file_cut_short, a_file_of_something_else])
 def test_of_a_large_set_those_files_that_were_not_looked_at_are_refused_where_they_are_read(
     embedded_set, tmp_path, monkeypatch, change
