@@ -18,7 +18,7 @@ FRAMES = [*ENOUGH, "task=audio-image"]
     "key",
     [
         "data.train.own.shards",
-        "data.train.own.relevance",
+        "data.validation.own.relevance",
         "data.validation.own.features",
         "data.teachers.clap",
         "model.audio.pretrained",
@@ -47,6 +47,13 @@ def test_no_url_of_a_recipe_holds_a_secret(key: str, url: str) -> None:
         ([*ENOUGH, "training.num_epochs=0"], r"training.num_epochs=0 must be above 0"),
         ([*ENOUGH, "evaluation.every_epochs=0"], r"evaluation.every_epochs=0 must be above 0"),
         ([*ENOUGH, "data.num_lanes=-1"], r"data.num_lanes=-1 must be above 0"),
+        ([*ENOUGH, "data.train.own.weight=0"], r"data set 'own' has weight 0.0: give one above 0"),
+        (
+            [*ENOUGH, "data.validation.held.shards=a", "data.validation.held.weight=3"],
+            r"data.validation.held.weight=3 says nothing to evaluation",
+        ),
+        ([*ENOUGH, "data.train.own.relevance=labels"], r"data.train.own.relevance says nothing to training"),
+        ([*ENOUGH, "data.train.own.benchmark=clotho-evaluation"], r"data.train.own.benchmark says nothing to training"),
         (
             [*ENOUGH, "data.train.own.features=s3://bucket", "data.fetch_stall_seconds=60"],
             r"fetch_stall_seconds=60 let a rank wait 632 s .* engine.collective_timeout_seconds=600: raise that",

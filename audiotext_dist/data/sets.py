@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 class SetConfig:
     """One set of shards.
 
-    shards: folder, glob or ``{00000..00099}.tar`` braces, local or a URL. weight: how often an epoch
+    shards: folder, glob or ``{00000..00099}.tar`` braces, local or a URL. weight (training only): how often an epoch
     holds each clip. relevance (evaluation only): ``labels``, every clip that shares a label is found; or a file that
     says which captions truly describe which clips. benchmark (evaluation only): which published test set this is, so
     that the table tells how many of its clips are here. features: folder or URL of its feature files, null for beside
@@ -77,9 +77,18 @@ class DataConfig:
     fetch_stall_seconds: float = RetryConfig.stall_seconds
 
     def __post_init__(self) -> None:
-        for name, chosen in {**self.train, **self.validation}.items():
+        for name, chosen in self.train.items():
             if not 0 < chosen.weight < math.inf:
                 raise UserError(f"data set '{name}' has weight {chosen.weight}: give one above 0, or leave the set out")
+            for key in ("relevance", "benchmark"):
+                if getattr(chosen, key) is not None:
+                    raise UserError(f"data.train.{name}.{key} says nothing to training: give it in data.validation")
+        for name, chosen in self.validation.items():
+            if chosen.weight != SetConfig.weight:
+                raise UserError(
+                    f"data.validation.{name}.weight={chosen.weight:g} says nothing to evaluation, which takes each "
+                    "clip once: leave it out"
+                )
         require_positive(self, "data", "sample_rate_hz", "clip_seconds", "num_frames", "num_lanes", "window_shards")
         if not self.clip_seconds <= self.max_audio_seconds < math.inf:
             raise UserError(
