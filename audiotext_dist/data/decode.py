@@ -30,7 +30,7 @@ MAX_PICTURE_PIXELS = 50_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeConfig:
-    """The shape that every clip is brought to.
+    """The shape that every clip is brought to; of a sound with several channels the first is taken.
 
     clip_seconds: longer clips are cropped (at random in training, else from the start), shorter ones
     padded with zeros at the end. audio: false leaves the sound undecoded, for tasks without it. frames:
@@ -119,12 +119,14 @@ class Clip:
         )
 
 
-def clip_uniforms(seed: int, epoch: int, copy: int, dataset: str, key: str) -> NDArray[np.float64]:
+def clip_uniforms(seed: int, epoch: int, copy: int, source: str, key: str) -> NDArray[np.float64]:
     """The random numbers that belong to one appearance of a clip in one epoch: seven, in [0, 1).
+
+    source: its dataset, among whose clips the key is the only one of its kind.
 
     Bits of a hash: a numpy generator that gives seven numbers takes six times as long to start.
     """
-    drawn = hashlib.blake2b(f"{seed} {epoch} {copy} {dataset}/{key}".encode(errors="surrogatepass"), digest_size=28)
+    drawn = hashlib.blake2b(f"{seed} {epoch} {copy} {source}/{key}".encode(errors="surrogatepass"), digest_size=28)
     # 24 bits each: below 1 as float32 too.
     return (np.frombuffer(drawn.digest(), np.dtype("<u4")) >> 8).astype(np.float64) * 2.0**-24
 
@@ -150,11 +152,13 @@ def decode_clip(
     shard, row = slot.shard, slot.row
     into = ClipArrays.empty(config) if into is None else into
     metadata = decode_metadata(reader.read(shard, row, METADATA_MEMBER), key)
-    uniforms = clip_uniforms(seed, epoch, slot.copy, metadata.dataset, key)
+    # Tars from elsewhere may name no dataset, and number their clips each from 0.
+    source = metadata.dataset or reader.sha256(shard)
+    uniforms = clip_uniforms(seed, epoch, slot.copy, source, key)
     crop_uniform, frame_uniform, caption_uniform = uniforms[:3].tolist()
     if slot.copy:
         # The copies of a clip begin at one caption and go on with the next: weight 5 shows each of five once.
-        caption_uniform = clip_uniforms(seed, epoch, 0, metadata.dataset, key)[2]
+        caption_uniform = clip_uniforms(seed, epoch, 0, source, key)[2]
     num_valid_samples = 0
     if config.audio:
         flac = reader.read(shard, row, AUDIO_MEMBER)

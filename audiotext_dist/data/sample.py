@@ -23,6 +23,7 @@ FLAC_HEADER_BYTES = 4096  # at least: the header, and some of the first frames
 _FRAME_MEMBER = re.compile(rf"[0-9]+{re.escape(FRAME_SUFFIX)}")
 _UNSAFE_IN_KEY = re.compile(r"[^A-Za-z0-9_-]+")
 MAX_KEY_LENGTH = 120
+MAX_MEMBER_BYTES = 1 << 28  # of what may stand in a tar by mistake or malice, so much is read
 
 
 def frame_member(frame: int) -> str:

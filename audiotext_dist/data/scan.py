@@ -10,14 +10,22 @@ import numpy as np
 
 from audiotext_dist import storage
 from audiotext_dist.data.index import ShardIndex
-from audiotext_dist.data.sample import METADATA_MEMBER, ClipMetadata, checksum, is_member, split_member
+from audiotext_dist.data.sample import (
+    MAX_MEMBER_BYTES,
+    METADATA_MEMBER,
+    ClipMetadata,
+    checksum,
+    is_member,
+    split_member,
+)
 from audiotext_dist.errors import UserError
 
 
 def scan_tar(path: Path, shard_name: str) -> ShardIndex:
     """Index a local tar by reading all of it once: where each member lies, its checksum, what each clip's JSON says.
 
-    A clip whose JSON cannot be read is its own recording; the reader passes it over.
+    A clip whose JSON cannot be read is its own recording; the reader passes it over. So it does with members of more
+    than ``MAX_MEMBER_BYTES``, which are not read here either.
 
     Members of other names than a sample's are passed over, as shards from elsewhere may hold them.
 
@@ -34,6 +42,9 @@ def scan_tar(path: Path, shard_name: str) -> ShardIndex:
                     continue
                 if member in rows.setdefault(key, {}):
                     raise UserError(f"{shard_name} holds '{entry.name}' twice: give each clip a key of its own")
+                if entry.size > MAX_MEMBER_BYTES:  # the reader refuses it
+                    rows[key][member] = (entry.offset_data, entry.size, 0)
+                    continue
                 file = tar.extractfile(entry)
                 assert file is not None
                 content = file.read()

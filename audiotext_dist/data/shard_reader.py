@@ -13,13 +13,11 @@ from audiotext_dist.data.bad_samples import BadSampleError
 from audiotext_dist.data.cache import NodeCache
 from audiotext_dist.data.index import ShardIndex
 from audiotext_dist.data.read_counts import ReadCounts
-from audiotext_dist.data.sample import checksum
+from audiotext_dist.data.sample import MAX_MEMBER_BYTES, checksum
 from audiotext_dist.data.shard import Shard
 from audiotext_dist.errors import UserError
 
 Verify = Literal["size", "sha256"]
-# What may stand in a tar by mistake or malice.
-MAX_MEMBER_BYTES = 1 << 28
 
 
 class ShardReader:
@@ -71,6 +69,10 @@ class ShardReader:
         if checksum(member, content) != expected:
             raise BadSampleError(f"{member} has changed since its shard was indexed", "wrong_checksum")
         return content
+
+    def sha256(self, shard: int) -> str:
+        """What tells a shard from every other, wherever it lies."""
+        return self._shards[shard].sha256
 
     def _open(self, number: int) -> tuple[int, ShardIndex]:
         if number in self._opened:

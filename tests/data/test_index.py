@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import tarfile
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import pytest
 
+from audiotext_dist.data.bad_samples import BadSampleError
 from audiotext_dist.data.index import ShardIndex, index_path
 from audiotext_dist.data.scan import scan_tar
 from audiotext_dist.data.shard import load_shards
+from audiotext_dist.data.shard_reader import ShardReader
 from audiotext_dist.errors import UserError
 
 BLOCK = tarfile.BLOCKSIZE
@@ -103,6 +107,22 @@ def test_a_member_that_comes_twice_is_refused(tmp_path: Path) -> None:
         tar.addfile(tarfile.TarInfo("a.flac"))
     with pytest.raises(UserError, match=r"'a\.flac' twice"):
         scan(tmp_path, content.getvalue())
+
+
+def test_a_member_that_is_too_large_to_be_read_is_not_read_to_be_scanned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("scan", "shard_reader"):
+        monkeypatch.setattr(f"audiotext_dist.data.{module}.MAX_MEMBER_BYTES", 1000)
+    small, large = b'{"text": "a"}', b" " * 1001
+    (tmp_path / "a.tar").write_bytes(tar_of({"a.json": small, "b.json": large}))
+    (shard,) = load_shards(str(tmp_path / "a.tar"))
+    entries = [shard.index.entry(row, "json") for row in range(2)]
+    assert [entry and entry[1:] for entry in entries] == [(len(small), crc32(small)), (len(large), 0)]
+    with contextlib.closing(ShardReader([shard])) as reader:
+        assert reader.read(0, 0, "json") == small
+        with pytest.raises(BadSampleError, match="json has 1001 bytes, more than 1000"):
+            reader.read(0, 1, "json")
 
 
 @pytest.mark.parametrize("content", [b"", b"not a tar", b"\0" * 100, b"x" * 20480])

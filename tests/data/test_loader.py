@@ -1,6 +1,7 @@
 """Batches from real shards: contents, and randomness that belongs to clips."""
 
 import dataclasses
+import io
 import multiprocessing
 import os
 import re
@@ -11,16 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from audiotext_dist.data.decode import clip_uniforms
+from audiotext_dist.data.decode import clip_uniforms, decode_clip
 from audiotext_dist.data.index import index_path
 from audiotext_dist.data.loader import EvaluationBatches, TrainingBatches
+from audiotext_dist.data.plan import Slot
 from audiotext_dist.data.sample import AUDIO_MEMBER
 from audiotext_dist.data.sets import DataConfig, SetConfig, make_plan, open_sets
 from audiotext_dist.data.shard import load_shards
+from audiotext_dist.data.shard_reader import ShardReader
 from audiotext_dist.data.workers import iterate
 from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError, run_for_people
@@ -195,6 +199,34 @@ def test_a_set_in_which_nothing_decodes_ends_in_one_line(tmp_path, num_workers):
     with pytest.raises(UserError, match="samples in a row cannot be used") as caught:
         epoch_of(training_batches(config(str(folder), num_frames=1), World()), num_workers=num_workers, num_batches=1)
     assert "\n" not in str(caught.value)
+
+
+def test_clips_of_no_dataset_and_of_equal_keys_have_draws_of_their_own(tmp_path):
+    def uniforms(dataset):
+        """Of the clip with number 0 in each of two shards that differ in their second clip."""
+        folder = tmp_path / (dataset or "none")
+        first = make_sample(0, num_frames=0)
+        first = dataclasses.replace(first, metadata=dataclasses.replace(first.metadata, dataset=dataset))
+        write_shards(folder, [[first, make_sample(number, num_frames=0)] for number in (1, 2)])
+        decode = config("x").decode_config(frames="none", frame_pixels=0, random=True)
+        reader = ShardReader(load_shards(str(folder)))
+        slots = [Slot(shard=shard, row=0) for shard in (0, 1)]
+        return [decode_clip(reader, first.key, slot, decode, seed=1, epoch=2).mask_uniforms.tolist() for slot in slots]
+
+    one, other = uniforms("")
+    assert one != other
+    named = clip_uniforms(1, 2, 0, "clotho", make_sample(0).key)[3:].tolist()
+    assert uniforms("clotho") == [named, named]
+
+
+def test_of_a_sound_with_several_channels_the_first_is_heard(tmp_path):
+    channels_SC = np.stack([np.arange(8000), -np.arange(8000)], axis=1).astype(np.int16)
+    flac = io.BytesIO()
+    soundfile.write(flac, channels_SC, SAMPLE_RATE_HZ, format="FLAC", subtype="PCM_16")
+    folder = write_shards(tmp_path, [[dataclasses.replace(make_sample(0, num_frames=0), flac=flac.getvalue())]])
+    decode = dataclasses.replace(config("x").decode_config(frames="none", frame_pixels=0, random=False), clip_seconds=1)
+    clip = decode_clip(ShardReader(load_shards(folder)), "clip-0000", Slot(shard=0, row=0), decode, seed=0, epoch=0)
+    assert clip.waveform.tolist() == list(range(8000))
 
 
 class _OneIsBusy:
