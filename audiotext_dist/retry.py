@@ -15,6 +15,7 @@ from audiotext_dist.errors import UserError
 
 Answer = TypeVar("Answer")
 MAX_PAUSE_SECONDS = 30.0
+MAX_DOUBLINGS = 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +40,13 @@ class RetryConfig:
     @property
     def longest_seconds(self) -> float:
         """How long it can take to give up a server that sends nothing at all."""
-        pauses = (self._longest_pause_seconds(num_failures) for num_failures in range(1, self.retries + 1))
-        return (self.retries + 1) * self.stall_seconds + sum(pauses)
+        num_growing = min(self.retries, MAX_DOUBLINGS)
+        pauses = sum(self._longest_pause_seconds(num_failures) for num_failures in range(1, num_growing + 1))
+        rest = (self.retries - num_growing) * self._longest_pause_seconds(self.retries)
+        return (self.retries + 1) * self.stall_seconds + pauses + rest
 
     def _longest_pause_seconds(self, num_failures: int) -> float:
-        return min(self.first_pause_seconds * 2.0 ** min(num_failures - 1, 60), MAX_PAUSE_SECONDS)
+        return min(self.first_pause_seconds * 2.0 ** min(num_failures - 1, MAX_DOUBLINGS), MAX_PAUSE_SECONDS)
 
 
 class RefusalError(UserError):

@@ -122,7 +122,7 @@ class Clip:
 def clip_uniforms(seed: int, epoch: int, copy: int, source: str, key: str) -> NDArray[np.float64]:
     """The random numbers that belong to one appearance of a clip in one epoch: seven, in [0, 1).
 
-    source: its dataset, among whose clips the key is the only one of its kind.
+    source: its dataset, or what else tells clips of equal keys apart.
 
     Bits of a hash: a numpy generator that gives seven numbers takes six times as long to start.
     """

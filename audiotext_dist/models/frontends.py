@@ -219,7 +219,8 @@ class LogMel(nn.Module):
                 lowest_N = (band_uniforms_N2[:, 0] * config.min_hz_jitter).floor()
                 highest_N = self.nyquist_hz - (band_uniforms_N2[:, 1] * config.max_hz_jitter).floor()
             mel_bank_NFK = self._mel_bank(lowest_N, highest_N)
-            num_clips = clips_at_once(waveform_NS.device, waveform_NS.shape[1] // config.hop_samples, config.fft_size)
+            num_frames = 1 + waveform_NS.shape[1] // config.hop_samples
+            num_clips = clips_at_once(waveform_NS.device, num_frames, config.fft_size)
             chunks = zip(*(torch.split(each, num_clips) for each in (waveform_NS, mel_bank_NFK)), strict=True)
             energies_NFT = torch.cat([bank_NFK @ self._power(chunk_NS) for chunk_NS, bank_NFK in chunks])
             return (((energies_NFT + config.floor).log() - config.mean) / config.std).unsqueeze(1)

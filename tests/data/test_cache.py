@@ -275,6 +275,8 @@ def test_a_server_is_given_up_after_as_long_as_is_said(tmp_path: Path, monkeypat
     with pytest.raises(UserError, match="after 9 attempts"):
         NodeCache(folder=str(tmp_path), retry=retry).open("s3://b/a.tar", num_bytes=1)
     assert retry.longest_seconds == sum(slept) == 271.5
+    # For ever, as some say it.
+    assert RetryConfig(retries=10**12, first_pause_seconds=30.0).longest_seconds == 50e12 + 20
 
 
 def test_pauses_grow_up_to_a_limit_and_differ() -> None:
