@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from dataclasses import asdict, dataclass, field
@@ -39,7 +40,6 @@ Prints, for each teacher and for all together, where the targets' mass goes in a
 well the cosines tell true pairs from others. Writes {RESULTS} and {PICTURE}, which show for some captions the
 clips that all teachers together think nearest, and where the target of the caption's own clip lies in a batch.
 
-Keys:
 """
 
 
@@ -80,7 +80,8 @@ def main() -> None:
     """Read the features, judge them, draw the picture."""
     words = sys.argv[1:]
     if not words or {"-h", "--help"} & set(words):
-        print(HELP + configuration.describe(LookConfig))
+        keys = inspect.cleandoc(LookConfig.__doc__ or "").partition("\n\n")[2]
+        print(f"{HELP}{keys}\n\n{configuration.describe(LookConfig)}")
         return
     config = configuration.parse(LookConfig, words)
     by_labels = config.relevance == LABEL_RELEVANCE

@@ -93,10 +93,10 @@ def case(stage: str, folder: Path, batch_size: int, size: str) -> None:
             _embed(folder, took)
         else:
             _train(stage, folder, batch_size, size, took)
-    counted, num_clips = took[1:] or took, 2 * batch_size if stage == "embed" else batch_size
-    cpu_seconds, seconds = (
-        sum(getattr(each, n) for each in counted) / len(counted) for n in ("cpu_seconds", "seconds")
-    )
+    counted = took[1:] or took
+    cpu_seconds = sum(each.cpu_seconds for each in counted) / len(counted)
+    seconds = sum(each.seconds for each in counted) / len(counted)
+    num_clips = 2 * batch_size if stage == "embed" else batch_size
     num_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if DEVICE.type == "cuda":
         num_bytes = torch.cuda.max_memory_allocated()
