@@ -41,6 +41,11 @@ def server() -> Iterator[str]:
     try:
         yield f"http://{host}:{port}"
     finally:
+        # What it holds is the whole process's: the next server would begin with these buckets.
+        connection = http.client.HTTPConnection(host, port)
+        connection.request("POST", "/moto-api/reset")
+        connection.getresponse().read()
+        connection.close()
         running.stop()
 
 
