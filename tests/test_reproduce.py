@@ -199,6 +199,8 @@ def test_every_table_of_the_repository_is_whole(path):
     table = read_table(str(path), [])
     assert isinstance(table, Table)
     for row, seed in table.jobs_in_order():
+        if seed != table.seeds[-1]:  # the others differ in nothing else
+            continue
         names = table.names_of(row, seed, launch="python")
         for name, command in table.steps_of(row).items():
             program, *words = shlex.split(resolve(command, names, f"{row} {name}"))[1:]

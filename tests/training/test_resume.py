@@ -145,6 +145,7 @@ def stopped_while_it_evaluates(rank: int, clips: Path) -> tuple[int, list[dict[s
     return num_batches, train_with_faults(rank, stopped).metrics, train_with_faults(rank, whole).metrics
 
 
+@pytest.mark.faults
 def test_a_run_that_is_asked_while_it_evaluates_leaves_after_the_batch_and_makes_up_for_it(clips: Path) -> None:
     told = ("train/loss", "validation/own/audio->text/R@1", "validation/own/text->audio/mAP@10")
     for num_batches, resumed, whole in run_on_ranks(stopped_while_it_evaluates, 2, clips):
