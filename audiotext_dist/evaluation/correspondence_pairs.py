@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from audiotext_dist.errors import UserError
-from audiotext_dist.evaluation.correspondences import Batches, Said, softmax
+from audiotext_dist.evaluation.correspondences import Batches, Said, drawn_captions, softmax
 
 NUM_SHOWN = 5
 
@@ -100,7 +100,5 @@ def _judge_pair(
 def _captions_of_others(said: Said, clip: int, num_clips: int, seed: int) -> NDArray[np.int64]:
     """One caption each of some other clips."""
     generator = np.random.default_rng(seed)
-    captioned, first_caption, num_captions = np.unique(said.clip_C, return_index=True, return_counts=True)
-    drawn = generator.permutation(np.flatnonzero(captioned != clip))[:num_clips]
-    found: NDArray[np.int64] = first_caption[drawn] + generator.integers(num_captions[drawn])
-    return found
+    captioned = np.unique(said.clip_C)
+    return drawn_captions(said, generator.permutation(captioned[captioned != clip])[:num_clips], generator)

@@ -158,13 +158,20 @@ class Batches:
     def draw(self, said: Said) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
         """Clips and the caption of each, in whole batches (or one smaller one); a clip without captions has no part."""
         generator = np.random.default_rng(self.seed)
-        captioned, first_caption, num_captions = np.unique(said.clip_C, return_index=True, return_counts=True)
+        captioned = np.unique(said.clip_C)
         size = min(self.size, len(captioned))
         for _ in range(self.num_draws):
-            order = generator.permutation(len(captioned))
-            caption = first_caption[order] + generator.integers(num_captions[order])
-            for at in range(0, len(order) - size + 1, size):
-                yield captioned[order[at : at + size]], caption[at : at + size]
+            clips = captioned[generator.permutation(len(captioned))]
+            captions = drawn_captions(said, clips, generator)
+            for at in range(0, len(clips) - size + 1, size):
+                yield clips[at : at + size], captions[at : at + size]
+
+
+def drawn_captions(said: Said, clips: NDArray[np.int64], generator: np.random.Generator) -> NDArray[np.int64]:
+    """One of the captions of each clip."""
+    first_caption, after = (np.searchsorted(said.clip_C, clips, side=side) for side in ("left", "right"))
+    found: NDArray[np.int64] = first_caption + generator.integers(after - first_caption)
+    return found
 
 
 def judge(
