@@ -173,7 +173,18 @@ def _build(config: Any, schema: type[Config]) -> Config:
             raise cause from None
         raise UserError(_first_line(error)) from None
     assert isinstance(built, schema)
+    _check_lists(built)
     return built
+
+
+def _check_lists(built: Any, prefix: str = "") -> None:
+    """To YAML ``[A man speaks: hello]`` is a mapping in a list, which OmegaConf takes for a text."""
+    for entry in fields(built):
+        key, value = prefix + entry.name, getattr(built, entry.name)
+        if is_dataclass(value):
+            _check_lists(value, f"{key}.")
+        elif isinstance(value, list) and any(isinstance(each, dict) for each in value):
+            raise UserError(f"wrong value for '{key}': put a text with special characters in quotes, '{key}=[\"...\"]'")
 
 
 def _dataclass_inside(hint: Any) -> type[Any] | None:

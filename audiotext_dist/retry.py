@@ -58,6 +58,10 @@ class RefusalError(UserError):
         self.transient = transient
 
 
+class GaveUpError(RefusalError):
+    """A server refused for as long as it was asked."""
+
+
 def answer(action: str, shown: str, retry: RetryConfig | None, ask: Callable[[], Answer]) -> Answer:
     """What ``ask`` returns; with ``retry``, of a URL, tried again while the refusals are such as may pass."""
     num_failures = 0
@@ -74,9 +78,9 @@ def answer(action: str, shown: str, retry: RetryConfig | None, ask: Callable[[],
             time.sleep(retry.pause_seconds(num_failures))
 
 
-def gave_up(error: RefusalError, num_attempts: int) -> RefusalError:
+def gave_up(error: RefusalError, num_attempts: int) -> GaveUpError:
     """The same refusal, with how often it was met."""
-    return RefusalError(f"after {num_attempts} attempts: {error}", transient=False)
+    return GaveUpError(f"after {num_attempts} attempts: {error}", transient=False)
 
 
 @contextlib.contextmanager

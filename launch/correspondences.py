@@ -51,8 +51,8 @@ class LookConfig:
     relevance: a file that says which captions truly describe which clips, or ``labels``. max_clips: the set's first
     ones. temperature, batch_size: of the targets. num_draws: how often all clips are put into batches, as training
     does it: in a new order, each with one of its captions. queries: captions in the picture, each by its text or as
-    KEY:NUMBER, a clip's caption; without them num_queries are drawn. top: clips of each. seed: draws captions and
-    batches.
+    KEY:NUMBER, a clip's caption, in quotes: 'queries=["A dog barks.", "clip:0"]'; without them num_queries are drawn.
+    top: clips of each. seed: draws captions and batches.
     """
 
     shards: str = "???"

@@ -68,8 +68,8 @@ def main() -> None:
     retry = recipe.data.node_cache().retry
     jobs = plan_jobs(zip(opened, folders, strict=True), config, encoders, retry)
     own = jobs[world.rank :: world.size]
-    to_do = jobs_to_do(own, config, retry)
     try:
+        to_do = jobs_to_do(own, config, retry)
         num_bad = embed_shards(model.to(world.device), to_do, config, encoders, recipe.data, world)
     except UserError as error:
         error.on_every_rank = False

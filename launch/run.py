@@ -38,7 +38,7 @@ def main(words: list[str]) -> int:
     code, outlived = _wait(run, asked)
     # DeepSpeed's command takes a launcher that was killed for one that ended well. The ranks notice, and leave.
     if code == 0 and outlived:
-        psutil.wait_procs(outlived, timeout=SECONDS_AFTER_LAUNCHER + 30)
+        _see_out(outlived)
         code = EXIT_PREEMPTED
     with contextlib.suppress(ProcessLookupError):
         os.killpg(run.pid, signal.SIGKILL)
@@ -59,12 +59,25 @@ def _wait(run: subprocess.Popen[Any], asked: threading.Event) -> tuple[int, list
         ranks = _ranks(run.pid) or ranks
         # A rank that is still starting ignores the signal: it is told again.
         if asked.is_set():
-            for rank in ranks:
-                with contextlib.suppress(psutil.Error):
-                    rank.send_signal(signal.SIGUSR1)
+            _ask_to_stop(ranks)
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = run.wait(timeout=1)
             return code, psutil.wait_procs(ranks, timeout=0)[1]
+
+
+def _see_out(ranks: list[psutil.Process]) -> None:
+    """Wait until these have left, for as long as a checkpoint may take; those still starting have to be told."""
+    for _ in range(round(SECONDS_AFTER_LAUNCHER) + 30):
+        _ask_to_stop(ranks)
+        ranks = psutil.wait_procs(ranks, timeout=1)[1]
+        if not ranks:
+            return
+
+
+def _ask_to_stop(ranks: list[psutil.Process]) -> None:
+    for rank in ranks:
+        with contextlib.suppress(psutil.Error):
+            rank.send_signal(signal.SIGUSR1)
 
 
 def _ranks(runner: int) -> list[psutil.Process]:

@@ -54,10 +54,6 @@ def test_no_url_of_a_recipe_holds_a_secret(key: str, url: str) -> None:
         ),
         ([*ENOUGH, "data.train.own.relevance=labels"], r"data.train.own.relevance says nothing to training"),
         ([*ENOUGH, "data.train.own.benchmark=clotho-evaluation"], r"data.train.own.benchmark says nothing to training"),
-        (
-            [*ENOUGH, "data.train.own.features=s3://bucket", "data.fetch_stall_seconds=60"],
-            r"fetch_stall_seconds=60 let a rank wait 632 s .* engine.collective_timeout_seconds=600: raise that",
-        ),
         ([*ENOUGH, "data.clip_seconds=.nan"], r"data.clip_seconds=nan must be above 0"),
         ([*ENOUGH, "data.clip_seconds=30"], r"30 is more than the 10 s that the audio tower reads"),
         ([*ENOUGH, "optim.betas=[2,3]"], r"must lie in \[0, 1\)"),

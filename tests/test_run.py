@@ -40,6 +40,23 @@ pathlib.Path(__file__).with_name("checkpoint").touch()
 """
 
 
+# Does not look for its launcher, and hears nothing until that and the runner are gone.
+STARTING = """
+import os, psutil, signal, time
+asked, launcher, runner = [], os.getppid(), psutil.Process().parent().parent().pid
+signal.signal(signal.SIGUSR1, lambda *_: asked.append(True))
+print("ready", flush=True)
+while not asked:
+    signal.pause()
+print(launcher, flush=True)
+while psutil.pid_exists(runner):
+    time.sleep(0.01)
+asked.clear()
+while not asked:
+    time.sleep(0.01)
+"""
+
+
 def start(tmp_path: Path, rank: str) -> subprocess.Popen[str]:
     """The command, whose one rank is ready."""
     package = tmp_path / "deepspeed" / "launcher"
@@ -74,3 +91,11 @@ def test_ranks_whose_launcher_was_killed_write_their_checkpoint_first(tmp_path: 
     os.kill(int(run.stdout.readline()), signal.SIGKILL)
     assert run.wait() == 75
     assert (tmp_path / "checkpoint").exists()
+
+
+def test_ranks_that_do_not_look_for_their_launcher_yet_are_told(tmp_path: Path) -> None:
+    run = start(tmp_path, STARTING)
+    assert run.stdout is not None
+    run.send_signal(signal.SIGTERM)
+    os.kill(int(run.stdout.readline()), signal.SIGKILL)
+    assert run.wait() == 75

@@ -7,7 +7,7 @@
 3. What has arrived is checked against the index, then renamed. A reader gets it open: removed meanwhile, it stays
    readable until it is closed, which is before the reader's next batch.
 4. Each process that fetches ahead says in ``NAME.wanted`` what it will read soon: that is removed last.
-5. Where a server refuses, all those that waited for the lock meanwhile are told the same: each would else wait as
+5. Where a server is given up, all those that waited for the lock meanwhile are told the same: each would else wait as
    long again, one after the other.
 6. Locks end with their process. Whoever makes room removes what killed processes left.
 """
@@ -30,7 +30,7 @@ from audiotext_dist import storage
 from audiotext_dist.data.cache_folder import NOTE, CacheFolder, name_of, touch
 from audiotext_dist.data.read_counts import ReadCounts
 from audiotext_dist.errors import UserError
-from audiotext_dist.retry import RefusalError, RetryConfig, gave_up
+from audiotext_dist.retry import GaveUpError, RefusalError, RetryConfig, gave_up
 
 # Somebody who only looks whether a lock was left behind holds it for less.
 LOOK_SECONDS = 0.1
@@ -174,7 +174,7 @@ class NodeCache:
             raise UserError(refusal)
         try:
             return self._fetch(path, num_bytes, sha256, counts)
-        except UserError as error:
+        except GaveUpError as error:
             self._folder.keep_refusal(name, str(error))
             raise
 

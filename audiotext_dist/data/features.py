@@ -106,6 +106,7 @@ class FeatureReader:
             path = self._features[shard].path
             if storage.is_remote(path) and not self._cache.holds(path, opened.inode):
                 del self._opened[shard]
+                self._verified.discard(shard)  # what is fetched in its place is proved anew
 
     def _open(self, shard: int) -> dict[str, Any]:
         if shard in self._opened:

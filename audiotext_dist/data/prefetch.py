@@ -17,7 +17,7 @@ from audiotext_dist.data.shard import Shard
 from audiotext_dist.errors import UserError
 
 Upcoming = Callable[[int], Iterable[int]]
-# Of small files a cache holds thousands: they would all be looked at before the first is fetched.
+# To fetch. Of small files a cache holds thousands: they would all be looked at before the first is fetched.
 MAX_FILES_AHEAD = 256
 
 
@@ -180,14 +180,15 @@ class _Thread(threading.Thread):
         """
         wanted: dict[RemoteFile, Shard] = {}
         seen: set[int] = set()
-        num_bytes = 0
+        num_bytes = num_to_fetch = 0
         for shard in self._upcoming(step):
             if shard in seen:
                 continue
             seen.add(shard)
             files = list(self._files_of(shard))
             num_bytes += sum(file.num_bytes for file in files)
-            if num_bytes > self._max_bytes or len(wanted) + len(files) > MAX_FILES_AHEAD or self._is_told_more:
+            num_to_fetch += sum(not self._wanted.get(file, False) for file in files)
+            if num_bytes > self._max_bytes or num_to_fetch > MAX_FILES_AHEAD or self._is_told_more:
                 break
             wanted |= dict.fromkeys(files, self._shards[shard])
             if len(seen) == len(self._shards):  # the whole set: all that follow are repetitions

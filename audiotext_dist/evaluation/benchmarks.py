@@ -50,7 +50,8 @@ def coverage(benchmark: Benchmark | None, num_clips: int, num_captions: int, set
         num_official_clips=_NUM_CLIPS[benchmark],
         num_official_captions=_CAPTIONS_A_CLIP * _NUM_CLIPS[benchmark],
     )
-    if num_clips > found.num_official_clips or num_captions > found.num_official_captions:
+    check_benchmark(benchmark, num_clips, set_name)
+    if num_captions > found.num_official_captions:
         raise UserError(f"data set '{set_name}' holds {found}: it is not that, set its benchmark to null")
     return found
 

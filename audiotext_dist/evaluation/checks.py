@@ -79,17 +79,17 @@ def _check_captions(relevance: str | None, shards: Sequence[Shard], set_name: st
     if num_captions:
         check_caption_counts(num_captions, set_name)
     if lines is not None:
-        _check_all_have_relevant(lines, str(relevance), num_captions, set_name)
+        _check_all_have_relevant(lines, str(relevance), dict(num_captions), set_name)
 
 
-def _num_captions(shards: Sequence[Shard]) -> dict[str, int]:
-    """Of each clip whose metadata can be read; the others are told where they are evaluated."""
-    found = {}
+def _num_captions(shards: Sequence[Shard]) -> list[tuple[str, int]]:
+    """Of each clip, by its key, whose metadata can be read; the others are told where they are evaluated."""
+    found = []
     with contextlib.closing(ShardReader(shards)) as reader:
         for number, shard in enumerate(shards):
             for row, key in enumerate(shard.index.keys):
                 with contextlib.suppress(BadSampleError):
-                    found[key] = len(decode_metadata(reader.read(number, row, METADATA_MEMBER), key).text)
+                    found.append((key, len(decode_metadata(reader.read(number, row, METADATA_MEMBER), key).text)))
     return found
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,7 +92,7 @@ def evaluate_set(
         frame=frame,
         is_asked_to_stop=is_asked_to_stop,
     )
-    check_caption_counts({clip.key: len(clip.second_RD) for clip in clips}, set_name)
+    check_caption_counts([(clip.key, len(clip.second_RD)) for clip in clips], set_name)
     lines = relevance_lines(chosen.relevance)
     first, second = task.split("-")
     rows = {first: _rows([clip.first_RD for clip in clips]), second: _rows([clip.second_RD for clip in clips])}
@@ -132,14 +132,14 @@ def _relevance_name(relevance: str) -> str:
     return "labels" if relevance == LABEL_RELEVANCE else "truth"
 
 
-def check_caption_counts(num_captions: Mapping[str, int], set_name: str) -> None:
-    """Raise ``UserError`` unless all clips, by their keys, have as many captions (or frames)."""
+def check_caption_counts(num_captions: Sequence[tuple[str, int]], set_name: str) -> None:
+    """Raise ``UserError`` unless all clips, given by their keys, have as many captions (or frames)."""
     # Rank-based figures of clips with two captions and of clips with five do not average to anything known.
-    fewest, most = (pick(num_captions, key=lambda key: num_captions[key]) for pick in (min, max))
-    if num_captions[fewest] != num_captions[most]:
+    (fewer, fewest), (more, most) = (pick(num_captions, key=lambda clip: clip[1]) for pick in (min, max))
+    if fewest != most:
         raise UserError(
-            f"clip {fewest} of set '{set_name}' has {num_captions[fewest]} captions and {most} has "
-            f"{num_captions[most]}: an evaluation set has as many for every clip"
+            f"clip {fewer} of set '{set_name}' has {fewest} captions and {more} has {most}: an evaluation set has as "
+            "many for every clip"
         )
 
 

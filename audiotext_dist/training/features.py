@@ -83,8 +83,9 @@ def _encoders_of_run(run: str, in_file: Mapping[Modality, Encoder]) -> dict[Moda
     encoders = teacher_encoders(weights.read_weights(run), recipe.model, recipe.data)
     if recipe.model.audio.window_seconds is not None and "audio" in in_file:
         # A tower of windows hears as much of a clip as launch/embed.py was told, which may be more than in training.
-        audio, heard = encoders["audio"], in_file["audio"].preprocessing.get("clip_seconds")
-        encoders["audio"] = replace(audio, preprocessing={**audio.preprocessing, "clip_seconds": heard})
+        audio, heard_seconds = encoders["audio"], in_file["audio"].preprocessing.get("clip_seconds")
+        if isinstance(heard_seconds, int | float) and heard_seconds > recipe.data.clip_seconds:
+            encoders["audio"] = replace(audio, preprocessing={**audio.preprocessing, "clip_seconds": heard_seconds})
     return encoders
 
 

@@ -134,6 +134,7 @@ def prepare(recipe: Recipe, world: World) -> Prepared:
         UserError: one line that names the thing and the mend.
     """
     recipe.check_world(world.size)
+    recipe.check_fetching()
     if recipe.engine.compile:
         check_compiler()
     _check_writable(Path(recipe.run_dir))

@@ -126,7 +126,6 @@ class Recipe:
             storage.check_no_credentials(text, key)
         if not self.data.train:
             raise UserError("no training data: give data.train.NAME.shards=FOLDER")
-        self._check_fetching()
         self._check_features()
         self._check_loss()
         self._check_frame_match()
@@ -138,8 +137,8 @@ class Recipe:
                 f"{self.training.num_epochs}: lower it"
             )
 
-    def _check_fetching(self) -> None:
-        """A shard that stays out of reach is named only if the other ranks wait until it is given up."""
+    def check_fetching(self) -> None:
+        """Raise ``UserError`` where other ranks would not wait until a shard out of reach is given up, and named."""
         sets = [*self.data.train.values(), *self.data.validation.values()]
         has_remote = any(storage.is_remote(path) for each in sets for path in (each.shards, each.features or ""))
         seconds, limit_seconds = self.data.node_cache().retry.longest_seconds, self.engine.collective_timeout_seconds

@@ -84,19 +84,10 @@ class Saver:
         return saved is not None
 
     def note_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Remember this step's checkpoint if it is the best so far.
-
-        Raises:
-            UserError: checkpoint.best_metric is not among them.
-        """
-        error = None
+        """Remember this step's checkpoint if it is the best so far."""
         if self._world.is_main:
-            try:
-                note_metric(self._run_dir, step, metrics, self._config)
-                self._remove_old()
-            except UserError as met:
-                error = met
-        raise_together(error)
+            note_metric(self._run_dir, step, metrics, self._config)
+            self._remove_old()
 
     def finish(self, *, in_a_hurry: bool = False) -> None:
         """Wait for the last copy, in turns: no rank may wait for another as long as that can take."""
@@ -164,18 +155,9 @@ def kept_names(run_dir: Path, keep_last: int) -> set[str]:
 
 
 def note_metric(run_dir: Path, step: int, metrics: Mapping[str, float], config: CheckpointConfig) -> None:
-    """Remember the checkpoint of this step if its metric is the best so far, which NaN never is; on the main rank.
-
-    Raises:
-        UserError: there is no such metric.
-    """
+    """Remember the checkpoint of this step if its metric is the best so far, which NaN never is; on the main rank."""
     if config.best_metric is None or not (run_dir / CHECKPOINTS / name_of(step)).is_dir():
         return
-    if config.best_metric not in metrics:
-        raise UserError(
-            f"checkpoint.best_metric={config.best_metric} is not among what is evaluated: give one of "
-            f"{', '.join(sorted(metrics))}"
-        )
     value, best = metrics[config.best_metric], best_of(run_dir)
     sign = 1 if config.best_is == "highest" else -1
     beats = (

@@ -286,6 +286,16 @@ def test_a_second_job_keeps_what_is_finished_and_refuses_what_is_stale(embedded_
         run_embed(*words)
 
 
+def test_what_one_rank_alone_cannot_read_it_tells_itself(embedded_set, run_embed, monkeypatch):
+    def unreadable(*_):
+        raise UserError("cannot read 00000.own.safetensors (Input/output error)")
+
+    monkeypatch.setattr("launch.embed.jobs_to_do", unreadable)
+    with pytest.raises(UserError, match="cannot read") as raised:
+        run_embed(*PICTURES, f"shards={embedded_set}", "features=own", "overwrite=true")
+    assert not raised.value.on_every_rank
+
+
 def test_half_precision_is_near_and_half_as_large(embedded_set, tmp_path, run_embed):
     run_embed(*PICTURES, f"shards={embedded_set}", "features=half", "dtype=fp16", f"out={tmp_path}")
     whole, half = reader_of(str(embedded_set), "image"), reader_of(str(embedded_set), "image", "half", str(tmp_path))
@@ -376,6 +386,23 @@ def test_remote_features_that_the_cache_removed_do_not_keep_its_disk(embedded_se
     assert removed_but_mapped() > 0
     batches[1]
     assert removed_but_mapped() == 0
+
+
+def test_remote_features_that_are_fetched_again_are_proved_again(embedded_set, tmp_path, monkeypatch):
+    monkeypatch.setenv("AUDIOTEXT_CACHE_DIR", str(tmp_path))
+    store = fsspec.filesystem("memory")
+    for path in embedded_set.glob("*.safetensors"):
+        store.pipe_file(f"/again/{path.name}", path.read_bytes())
+    reader = reader_of(str(embedded_set), "image", "own", "memory://again")
+    reader.read(0, 0)
+    content = bytearray(store.cat_file("/again/00000.own.safetensors"))
+    content[-1] ^= 1
+    store.pipe_file("/again/00000.own.safetensors", bytes(content))
+    for path in tmp_path.glob("*.safetensors"):
+        path.unlink()
+    reader.close_removed()
+    with pytest.raises(UserError, match=r"00000.own.safetensors is damaged"):
+        reader.read(0, 0)
 
 
 @pytest.mark.parametrize("change", [another_shard, a_missing_file, a_file_cut_short, a_file_of_something_else])

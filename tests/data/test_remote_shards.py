@@ -297,6 +297,10 @@ def test_of_small_files_beside_local_shards_some_are_looked_at_and_from_the_newe
     prefetcher.wait_until_idle()
     assert looked_at == [0, 1, 2, 3, *range(50, 61)]
     assert {path.name.partition("-")[2] for path in shards_in(cache)} == {f"{number}.tar" for number in range(50, 60)}
+    # What is there already does not count.
+    prefetcher.advance(51)
+    prefetcher.wait_until_idle()
+    assert {path.name.partition("-")[2] for path in shards_in(cache)} == {f"{number}.tar" for number in range(50, 70)}
 
 
 def test_listed_indexes_are_fetched_ahead_with_their_shards(site: str, folder: Path, cache: NodeCache) -> None:

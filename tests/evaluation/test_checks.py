@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 
@@ -72,6 +73,10 @@ def test_clips_with_other_numbers_of_captions_or_none_are_told(tmp_path):
     write_shards(tmp_path / "set", [[make_sample(0), make_sample(1, captions=["one"])]])
     with pytest.raises(UserError, match="clip-0001 of set 'own' has 1 captions and clip-0000 has 2"):
         check(tmp_path)
+    write_shards(tmp_path / "set", [[make_sample(0)], [make_sample(0, captions=["one"])]])
+    with pytest.raises(UserError, match="clip-0000 of set 'own' has 1 captions and clip-0000 has 2"):
+        check(tmp_path)
+    shutil.rmtree(tmp_path / "set")
     write_shards(tmp_path / "set", [[make_sample(0), make_sample(1, captions=[])]])
     with pytest.raises(UserError, match=r"'own' has 1 clips without a caption to be found by in .*00000.tar"):
         check(tmp_path)

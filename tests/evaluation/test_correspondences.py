@@ -184,6 +184,7 @@ def test_pairs_are_chosen_by_name_and_told_one_by_one(folder, monkeypatch):
         (["features=[]"], "no teachers to look at"),
         (["features=[other]"], "has no 'other' features for 1 of 1 shards"),
         (["features=[right]", "relevance=/nowhere"], "no relevance file at /nowhere"),
+        (["features=[right]", "queries=[A man speaks: hello]"], r"wrong value for 'queries': put a text .* in quotes"),
         (["features=[right]", "queries=['clip-0001:2']"], "no caption 'clip-0001:2' among these 6 clips"),
         (["features=[right]", "top=0"], "correspondences.top=0 must be above 0"),
     ],

@@ -133,8 +133,12 @@ def test_the_table_tells_how_much_of_a_benchmark_is_there(folder):
         == "test: 12 of the 975 clips and 24 of the 4,875 captions of audiocaps-test; per cent (chance)"
     )
     assert asdict(result)["coverage"]["num_official_clips"] == 975
-    with pytest.raises(UserError, match=r"holds 1,046 of the 1,045 clips .* set its benchmark to null"):
+    with pytest.raises(UserError, match=r"holds 1,046 clips and clotho-evaluation 1,045: .* set its benchmark to null"):
         coverage("clotho-evaluation", 1046, 5230, "test")
+    with pytest.raises(
+        UserError, match=r"1,045 of the 1,045 clips and 5,226 of the 5,225 .* set its benchmark to null"
+    ):
+        coverage("clotho-evaluation", 1045, 5226, "test")
 
 
 def evaluate_on_ranks(rank, folder, data, chosen):

@@ -69,6 +69,16 @@ def test_a_model_starts_from_another_run_and_its_temperature_where_that_is_learn
         read_recipe([*words, "model.text.init=elsewhere"])
 
 
+def test_a_rank_that_would_not_wait_for_a_lost_shard_is_told_where_it_trains_and_nowhere_else(tmp_path):
+    words = ["data.train.own.shards=none", "data.train.own.features=s3://bucket", "data.fetch_stall_seconds=60"]
+    recipe = read_recipe([*SMALL, *words, f"run_dir={tmp_path}"])
+    with pytest.raises(
+        UserError,
+        match=r"fetch_stall_seconds=60 let a rank wait 632 s .* engine.collective_timeout_seconds=600: raise that",
+    ):
+        prepare(recipe, World())
+
+
 def test_copies_of_an_earlier_run_stop_every_rank_before_it_waits_for_others(tmp_path, monkeypatch):
     words = ["data.train.own.shards=none", f"run_dir={tmp_path}", "training.resume=never"]
     recipe = read_recipe([*SMALL, *words, "checkpoint.upload_to=s3://runs/mine"])

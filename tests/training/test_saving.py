@@ -81,13 +81,6 @@ def test_the_best_one_can_be_named_in_place_of_its_folder(tmp_path: Path) -> Non
     }
 
 
-def test_a_metric_that_is_not_evaluated_is_named(tmp_path: Path) -> None:
-    saver = saver_of(tmp_path, best_metric="recal")
-    saver.save(at(1))
-    with pytest.raises(UserError, match="best_metric=recal is not among what is evaluated: give one of recall"):
-        saver.note_metrics(1, {"recall": 1.0})
-
-
 def test_a_best_one_that_cannot_be_written_down_costs_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -254,6 +254,9 @@ def test_a_teacher_of_windows_hears_as_much_of_a_clip_as_it_was_told(
     folder: Path, alone: dict[str, Ran], tmp_path: Path
 ) -> None:
     shutil.copytree(folder / "train", tmp_path / "train")
+    embedded(tmp_path / "train", folder / "two", "two", "data.clip_seconds=0.5", "overwrite=true")
+    with pytest.raises(UserError, match=r"00000.two.safetensors was made with clip_seconds=0.5, not 1.0"):
+        prepared(tmp_path, f"data.teachers={{two: {folder / 'two'}}}")
     embedded(tmp_path / "train", folder / "two", "two", "data.clip_seconds=3", "overwrite=true")
     run = prepared(tmp_path, f"data.teachers={{two: {folder / 'two'}}}")
     assert len(run.train_features.teachers) == 1
