@@ -131,11 +131,13 @@ def _read_yaml(yaml_file: str) -> DictConfig:
 
 def _apply(given: DictConfig, word: str) -> None:
     """Set a word's key; a whole mapping (``data.train={}``) takes the place of the one that was there."""
-    key, equals, _ = word.partition("=")
+    key, equals, text = word.partition("=")
     if not equals or not key or key.startswith("-"):
         raise UserError(f"cannot read '{word}': options are written key=value")
     try:
-        OmegaConf.update(given, key, OmegaConf.select(OmegaConf.from_dotlist([word]), key), merge=False)
+        # To a plain mapping, in which a ${name} stays as it is.
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
+        OmegaConf.update(given, key, typing.cast(dict[str, Any], value)["value"], merge=False)
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
         mend = f"put a text with special characters in quotes, '{key}=\"...\"'"
         raise UserError(f"cannot read the value of '{word}' ({_first_line(error)}): {mend}") from None

@@ -148,6 +148,12 @@ def test_a_step_whose_command_changed_is_refused(file):
     assert failed.keys() == {"first seed 0", "second seed 0"}, "the second has a value of its own, but comes after"
 
 
+def test_words_may_name_what_belongs_to_a_row(file):
+    table = read_table(str(file), ["variables.value=0.${seed}", "rows.third={variables: {log: '${folder}/log'}}"])
+    names = table.names_of("third", 2)
+    assert resolve("${value} ${log}", {**names, "launch": ""}, "third") == f"0.2 {table.folder('third', 2)}/log"
+
+
 def test_on_gpus_each_job_has_its_own(file, monkeypatch):
     monkeypatch.setattr(runner.torch.cuda, "device_count", lambda: 5)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
