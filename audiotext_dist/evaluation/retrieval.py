@@ -111,10 +111,11 @@ def evaluate_set(
         name = _relevance_name(chosen.relevance)
         if lines is None:
             related = _relations_of_labels(clips, rows[first], rows[second])
+            right = _relations_of_labels(clips, rows[second], rows[first])
         else:
             related = _relations_from_file(lines, chosen.relevance, clips, rows[second])
+            right = _invert(related, len(rows[second].clip_R))
         result.directions[f"{first}->{second} ({name})"] = _score(rows[first], rows[second], related, world)
-        right = _invert(related, len(rows[second].clip_R))
         result.directions[f"{second}->{first} ({name})"] = _score(rows[second], rows[first], right, world)
     keys = [clip.key for clip in clips]
     result.examples.extend(choose_examples(keys, rows[second], rows[first], right, num_examples))
@@ -169,14 +170,22 @@ def _related(queries: Rows, items: Rows) -> list[NDArray[np.int64]]:
 
 
 def _relations_of_labels(clips: Sequence[EmbeddedClip], first: Rows, second: Rows) -> list[NDArray[np.int64]]:
-    """For each row of the first side, the rows of the second whose clip shares a label with its own."""
+    """For each row of the first side, the rows of the second whose clip shares a label with its own.
+
+    Clips of the same labels share one array: one for each row would be as large as the scores of all pairs.
+    """
     clips_with = defaultdict(list)
     for number, clip in enumerate(clips):
         for label in clip.labels:
             clips_with[label].append(number)
     rows_of_clip = _rows_by(second.clip_R.tolist())
-    alike = [sorted({other for label in clip.labels for other in clips_with[label]}) for clip in clips]
-    return [np.concatenate([rows_of_clip[other] for other in alike[clip] or [clip]]) for clip in first.clip_R]
+    kinds: list[frozenset[str] | int] = [frozenset(clip.labels) or number for number, clip in enumerate(clips)]
+    rows_of_kind: dict[frozenset[str] | int, NDArray[np.int64]] = {}
+    for number, kind in enumerate(kinds):
+        if kind not in rows_of_kind:
+            alike = sorted({other for label in clips[number].labels for other in clips_with[label]}) or [number]
+            rows_of_kind[kind] = np.concatenate([rows_of_clip[other] for other in alike])
+    return [rows_of_kind[kinds[clip]] for clip in first.clip_R]
 
 
 def _relations_from_file(

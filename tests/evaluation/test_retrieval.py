@@ -1,9 +1,11 @@
 """Which rows count as found: own pairs, labels, and a file of what captions truly describe."""
 
 import json
+import tracemalloc
 from dataclasses import asdict
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,6 +15,8 @@ from audiotext_dist.data.shard import load_shards
 from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError
 from audiotext_dist.evaluation.benchmarks import coverage
+from audiotext_dist.evaluation.embedded_clips import EmbeddedClip
+from audiotext_dist.evaluation.metrics import METRICS
 from audiotext_dist.evaluation.report import table
 from audiotext_dist.evaluation.retrieval import evaluate_set
 from tests.clips import SAMPLE_RATE_HZ, make_sample, write_shards
@@ -117,6 +121,25 @@ def test_clips_of_a_relevance_file_that_the_set_lacks_are_told(folder, tmp_path)
         headings.append(table([result]).splitlines()[0])
     assert headings[0] == "test: 12 clips; per cent (chance)"
     assert headings[1] == "test: 12 clips, of 15 that its relevance file names; per cent (chance)"
+
+
+def test_clips_of_one_class_do_not_hold_the_square_of_their_number(monkeypatch):
+    number = 2000
+    rows = np.eye(2, dtype=np.float32)[np.zeros(number, int)]
+    clips = [EmbeddedClip(f"{n}", ["class"], rows[n : n + 1], rows[n : n + 1]) for n in range(number)]
+    monkeypatch.setattr("audiotext_dist.evaluation.retrieval.embed_set", lambda *_, **__: clips)
+    # Ranking is tiled, and not what is measured.
+    ranked = "audiotext_dist.evaluation.retrieval.metrics_of_queries"
+    monkeypatch.setattr(ranked, lambda own, *_: np.zeros((len(own), len(METRICS))))
+    tracemalloc.start()
+    chosen = SetConfig(shards="none", relevance="labels")
+    result = evaluate_set(
+        Oracle(), "audio-text", [], DataConfig(), chosen, set_name="test", batch_size=5, world=World()
+    )
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert result.directions["text->audio (labels)"].chance["R@1"] == pytest.approx(1)
+    assert peak_bytes < number**2  # of scores: 4 bytes each
 
 
 def test_unequal_caption_counts_are_an_error(tmp_path):
