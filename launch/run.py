@@ -67,7 +67,7 @@ def _wait(run: subprocess.Popen[Any], asked: threading.Event) -> tuple[int, list
 
 def _see_out(ranks: list[psutil.Process]) -> None:
     """Wait until these have left, for as long as a checkpoint may take; those still starting have to be told."""
-    for _ in range(round(SECONDS_AFTER_LAUNCHER) + 30):
+    for _ in range(SECONDS_AFTER_LAUNCHER + 30):
         _ask_to_stop(ranks)
         ranks = psutil.wait_procs(ranks, timeout=1)[1]
         if not ranks:

@@ -84,18 +84,19 @@ def test_a_signal_reaches_the_ranks_and_not_what_they_started(tmp_path: Path) ->
     assert run.wait() == 75
 
 
-def test_ranks_whose_launcher_was_killed_write_their_checkpoint_first(tmp_path: Path) -> None:
-    run = start(tmp_path, ORPHAN)
+def code_without_a_launcher(tmp_path: Path, rank: str) -> int:
+    """What the command says whose launcher is killed outright, once it has passed a signal on."""
+    run = start(tmp_path, rank)
     assert run.stdout is not None
     run.send_signal(signal.SIGTERM)
     os.kill(int(run.stdout.readline()), signal.SIGKILL)
-    assert run.wait() == 75
+    return run.wait()
+
+
+def test_ranks_whose_launcher_was_killed_write_their_checkpoint_first(tmp_path: Path) -> None:
+    assert code_without_a_launcher(tmp_path, ORPHAN) == 75
     assert (tmp_path / "checkpoint").exists()
 
 
 def test_ranks_that_do_not_look_for_their_launcher_yet_are_told(tmp_path: Path) -> None:
-    run = start(tmp_path, STARTING)
-    assert run.stdout is not None
-    run.send_signal(signal.SIGTERM)
-    os.kill(int(run.stdout.readline()), signal.SIGKILL)
-    assert run.wait() == 75
+    assert code_without_a_launcher(tmp_path, STARTING) == 75
