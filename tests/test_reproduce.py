@@ -87,6 +87,19 @@ def test_rows_and_seeds_run_once_and_give_mean_and_deviation(file):
     assert (Path(table.out) / "table.png").stat().st_size > 1000
 
 
+def test_differences_are_of_the_same_seed(file):
+    table = read_table(str(file), ["differences={second over first: [second, first]}", "rows.second.paper={A->T: 10}"])
+    Runner(table).run()
+    (table.folder("first", 2) / "make.json").unlink()
+    lines = write_summary(table, summarise(table), {}).splitlines()
+    shown = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert ["second over first", "1/2", "+20.00 [-2.50]"] in shown, "the only seed that both rows have"
+    found = json.loads((Path(table.out) / "table.json").read_text())["differences"]["second over first"]["A->T"]
+    assert found["by_seed"] == pytest.approx({"0": 20.0})
+    alone = read_table(str(file), ["differences={second over first: [second, first]}", "only=[first]"])
+    assert "over first" not in as_markdown(alone, summarise(alone)), "a row that was not asked for"
+
+
 def test_rows_are_drawn_as_lines_over_a_variable(file):
     table = read_table(str(file), ["lines={x: value, line: row}", "name=lines"])
     Runner(table).run()
@@ -179,6 +192,8 @@ def test_on_gpus_each_job_has_its_own(file, monkeypatch):
         (["rows.second.paper.X=1"], "has the paper's 'X', which is no column"),
         (["steps={}"], "row 'first' of .* has no steps"),
         (["columns.B.file=a"], r"'columns.B.metric' in .* has no value"),
+        (["differences={a: [first]}"], r"the difference 'a' of .* is \[first\]: give two of first, second"),
+        (["differences={a: [first, third]}"], r"the difference 'a' of .* is \[first, third\]: give two of "),
         (["jobs=0"], "jobs=0 and gpus_a_job=1 must be above 0"),
     ],
 )

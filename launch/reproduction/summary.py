@@ -53,31 +53,44 @@ def read_metric(file: Path, metric: str) -> tuple[float, float]:
         raise UserError(f"{file} holds no '{metric}': write SET/DIRECTION/METRIC, as test/audio->text/R@1") from None
 
 
+def differences(table: Table, summary: Summary) -> Summary:
+    """What the table asks for, title -> column -> cell, of rows that are both in the summary."""
+    return {
+        title: {name: summary[row][name].less(summary[other][name]) for name in table.columns}
+        for title, (row, other) in table.differences.items()
+        if row in summary and other in summary
+    }
+
+
 def as_markdown(table: Table, summary: Summary) -> str:
-    """The table, columns aligned."""
-    head = ["", "seeds", *table.columns]
-    lines = [
-        [
-            table.title_of(row),
-            f"{_num_seeds(cells)}/{len(table.seeds)}",
-            *(cell.text() for cell in cells.values()),
-        ]
-        for row, cells in summary.items()
-    ]
+    """The table, columns aligned; below it the differences that it asks for."""
+    lines = [_line(table, table.title_of(row), cells) for row, cells in summary.items()]
     chances = [
         next((cells[name].chance for cells in summary.values() if cells[name].chance is not None), None)
         for name in table.columns
     ]
     lines.append(["chance", "", *("-" if chance is None else f"{chance:.2f}" for chance in chances)])
+    has_paper = any(cell.paper is not None for cells in summary.values() for cell in cells.values())
+    note = "per cent, mean ± standard deviation over the seeds" + ("; in brackets the paper's" if has_paper else "")
+    head = ["seeds", *table.columns]
+    drawn = [f"{table.title}: {note}", "", *_aligned(["", *head], lines)]
+    if found := differences(table, summary):
+        lines = [_line(table, title, cells, sign="+") for title, cells in found.items()]
+        drawn += ["", *_aligned(["differences of the same seed", *head], lines)]
+    return "\n".join(drawn) + "\n"
+
+
+def _line(table: Table, title: str, cells: Mapping[str, Cell], sign: str = "") -> list[str]:
+    return [title, f"{_num_seeds(cells)}/{len(table.seeds)}", *(cell.text(sign) for cell in cells.values())]
+
+
+def _aligned(head: list[str], lines: list[list[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
     drawn = [
         "| " + " | ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)) + " |"
         for line in (head, *lines)
     ]
-    drawn.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    has_paper = any(cell.paper is not None for cells in summary.values() for cell in cells.values())
-    note = "per cent, mean ± standard deviation over the seeds" + ("; in brackets the paper's" if has_paper else "")
-    return "\n".join([f"{table.title}: {note}", "", *drawn]) + "\n"
+    return [drawn[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *drawn[1:]]
 
 
 def _num_seeds(cells: Mapping[str, Cell]) -> int:
@@ -89,12 +102,8 @@ def write_summary(table: Table, summary: Summary, failed: Mapping[str, str]) -> 
     text = as_markdown(table, summary)
     content = {
         "title": table.title,
-        "rows": {
-            row: {
-                name: {**asdict(cell), "mean": cell.mean, "deviation": cell.deviation} for name, cell in cells.items()
-            }
-            for row, cells in summary.items()
-        },
+        "rows": _as_plain(summary),
+        "differences": _as_plain(differences(table, summary)),
         "failed": dict(failed),
     }
     markdown, plain, picture = (Path(table.out) / f"{table.name}.{suffix}" for suffix in ("md", "json", "png"))
@@ -102,3 +111,10 @@ def write_summary(table: Table, summary: Summary, failed: Mapping[str, str]) -> 
     storage.write_bytes(str(plain), (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
     draw(table, summary, picture)
     return text
+
+
+def _as_plain(summary: Summary) -> dict[str, dict[str, dict[str, Any]]]:
+    return {
+        row: {name: {**asdict(cell), "mean": cell.mean, "deviation": cell.deviation} for name, cell in cells.items()}
+        for row, cells in summary.items()
+    }

@@ -13,6 +13,8 @@
     rows:
       conventional: {title: VIP-ANT, paper: {A->I R@1: 10.94}}
       nearest: {after: [conventional], variables: {recipes: elsewhere}}
+    differences:                            # of the same seed, the first row less the second
+      Nearest Match, over VIP-ANT: [nearest, conventional]
 
 A command is split into words as a shell would, but no shell sees it. ``${launch}`` is ``python``, or ``deepspeed`` with
 its options where a job has several GPUs; ``${folder}`` is the folder of this row and seed.
@@ -80,6 +82,7 @@ class Table:
     steps: dict[str, str] = field(default_factory=dict)
     columns: dict[str, Column] = field(default_factory=dict)
     rows: dict[str, Row] = field(default_factory=dict)
+    differences: dict[str, list[str]] = field(default_factory=dict)
     lines: Lines | None = None
     only: list[str] = field(default_factory=list)
     jobs: int | None = None
@@ -161,3 +164,8 @@ def _check(table: Table, yaml_file: str) -> None:
             if column not in table.columns:
                 raise UserError(f"row '{name}' of {yaml_file} has the paper's '{column}', which is no column")
         earlier.append(name)
+    for title, pair in table.differences.items():
+        if len(pair) != 2 or not set(pair) <= table.rows.keys():
+            raise UserError(
+                f"the difference '{title}' of {yaml_file} is [{', '.join(pair)}]: give two of {', '.join(table.rows)}"
+            )
