@@ -11,6 +11,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,9 @@ def _rank(
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
+    # A collective that the others never come to fails, in the place of waiting.
+    timeout = timedelta(seconds=_LIMIT_SECONDS)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=timeout)
     try:
         results.put((rank, function(rank, *args)))
     except Exception:

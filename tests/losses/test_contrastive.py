@@ -18,7 +18,7 @@ from audiotext_dist.losses.block import Block
 from audiotext_dist.losses.config import LossConfig
 from audiotext_dist.losses.contrastive import Teachers, contrastive_loss
 from audiotext_dist.losses.targets import join_teachers, recording_ids
-from tests.losses.cases import CONFIGS, DIM, NUM_ROWS, RECORDINGS, on_four_ranks, raw_teachers, rows
+from tests.losses.cases import CONFIGS, DIM, NUM_ROWS, RECORDINGS, distance, on_four_ranks, raw_teachers, rows
 from tests.losses.naive import naive_loss
 from tests.ranks import run_on_ranks
 
@@ -55,6 +55,13 @@ def test_mean_over_ranks_is_the_whole_batch(found_on_ranks, kind, tolerance):
     errors = [each for of_rank in found_on_ranks for each in of_rank[kind]]
     assert errors
     assert [each for each in errors if not each[1] <= tolerance] == []
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_gradient_that_is_no_number_is_far_from_every_other(place):
+    right, found = ([torch.ones(()), torch.ones(3), torch.ones(2, 2)] for _ in range(2))
+    found[place].view(-1)[-1] = torch.nan
+    assert not distance((found[0], found[1:]), (right[0], right[1:])) <= 1e9
 
 
 @settings(deadline=None, max_examples=60)
