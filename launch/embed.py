@@ -19,6 +19,7 @@ from audiotext_dist.data.sets import open_sets
 from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError, run_for_people
 from audiotext_dist.models.dual_encoder import DualEncoder, build_model
+from audiotext_dist.training.preemption import end_with_launcher
 from audiotext_dist.training.prepare import build_towers
 from audiotext_dist.training.recipe import Recipe, read_recipe, read_run_recipe
 from audiotext_dist.training.weights import load_model
@@ -51,6 +52,7 @@ def main() -> None:
         print(f"{HELP}{keys}\n\n  run=None\n{configuration.describe(EmbedConfig)}\n\nOther keys are the recipe's:")
         print(configuration.describe(Recipe))
         return
+    end_with_launcher()
     world = World.from_environment()
     logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(message)s", force=True)
     logging.getLogger("audiotext_dist").setLevel(logging.INFO)

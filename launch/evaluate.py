@@ -21,6 +21,7 @@ from audiotext_dist.models.dual_encoder import DualEncoder, build_model
 from audiotext_dist.training.checkpoint_folder import run_folder
 from audiotext_dist.training.engine import start_process_group, stop_process_group
 from audiotext_dist.training.features import features_of, needs_pictures, replaced_encoders
+from audiotext_dist.training.preemption import end_with_launcher
 from audiotext_dist.training.prepare import build_towers
 from audiotext_dist.training.recipe import Recipe, read_run_recipe
 from audiotext_dist.training.weights import load_model
@@ -58,6 +59,7 @@ def main() -> None:
     recipe = _read(Path(own["run"]), changes)
     if not recipe.data.validation:
         raise UserError("no set to evaluate: give data.validation.NAME.shards=FOLDER")
+    end_with_launcher()
     world = World.from_environment()
     logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(message)s", force=True)
     sets = open_sets(recipe.data.validation, recipe.data, frames=needs_pictures(recipe), captions="text" in recipe.task)

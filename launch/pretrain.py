@@ -9,9 +9,8 @@ import warnings
 from pathlib import Path
 
 from audiotext_dist import configuration
-from audiotext_dist.distributed import World
 from audiotext_dist.errors import run_for_people
-from audiotext_dist.training.recipe import Recipe, read_recipe
+from audiotext_dist.training.preemption import StopRequest
 
 HELP = """Train a recipe on every process the launcher starts.
 
@@ -30,6 +29,11 @@ Keys and their defaults:
 
 def main() -> None:
     """Read the recipe, check it, train it, print the table."""
+    # First of all, before anything that takes its time: the launcher may end meanwhile.
+    stop = StopRequest()
+    from audiotext_dist.distributed import World
+    from audiotext_dist.training.recipe import Recipe, read_recipe
+
     words = sys.argv[1:]
     if not words or {"-h", "--help"} & set(words):
         print(HELP + configuration.describe(Recipe))
@@ -48,7 +52,7 @@ def main() -> None:
 
     prepared = prepare(recipe, world)
     try:
-        results = train(prepared)
+        results = train(prepared, stop)
     except SystemExit:
         # Asked to stop: every rank leaves here.
         stop_process_group()

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from audiotext_dist.training.preemption import EXIT_PREEMPTED, SECONDS_AFTER_LAUNCHER
+from audiotext_dist.training.preemption import EXIT_PREEMPTED, SECONDS_AFTER_LAUNCHER, WRAPPER_VARIABLE
 
 _PR_SET_PDEATHSIG = 1
 
@@ -31,6 +31,7 @@ def main(words: list[str]) -> int:
         signal.signal(number, lambda *_: asked.set())
     run = subprocess.Popen(
         [sys.executable, "-m", "deepspeed.launcher.runner", *words],
+        env={**os.environ, WRAPPER_VARIABLE: str(os.getpid())},
         # A group of its own, so that a signal to this one's group comes once, through here.
         start_new_session=True,
         preexec_fn=_in_launcher,

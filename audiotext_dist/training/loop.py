@@ -43,13 +43,13 @@ from audiotext_dist.training.tracker import Tracker, read_metrics
 _log = logging.getLogger(__name__)
 
 
-def train(prepared: Prepared) -> list[RetrievalResult]:
-    """Train to the end; the last evaluation's results.
+def train(prepared: Prepared, stop: StopRequest) -> list[RetrievalResult]:
+    """Train to the end, or to where ``stop`` is made; the last evaluation's results.
 
     Raises:
         SystemExit: with ``EXIT_PREEMPTED``, where any rank was asked to stop; the last line names its checkpoint.
     """
-    stop = StopRequest()
+    stop.listen()
     timeout_seconds = prepared.recipe.engine.collective_timeout_seconds
     # A rank may be silent for less time than a collective may take: so it is named, and then the run ends.
     start_process_group(prepared.world, timeout_seconds + 3 * beat_seconds(timeout_seconds))

@@ -27,6 +27,7 @@ from transformers import RobertaConfig
 
 from audiotext_dist.distributed import World
 from audiotext_dist.training import loop
+from audiotext_dist.training.preemption import StopRequest
 from audiotext_dist.training.prepare import prepare
 from audiotext_dist.training.recipe import read_recipe
 from launch import embed
@@ -124,7 +125,7 @@ def _train(stage: str, folder: Path, batch_size: int, size: str, took: list[Took
         *([] if stage == "stage1" else [f"model.init={first}", f"data.teachers={{passt: {first}}}"]),
     ]
     with mock.patch.object(loop, "train_step", _timed(loop.train_step, took)):
-        loop.train(prepare(read_recipe(words), World.from_environment()))
+        loop.train(prepare(read_recipe(words), World.from_environment()), StopRequest())
 
 
 def _embed(folder: Path, took: list[Took]) -> None:

@@ -32,11 +32,18 @@ class Launched:
     command: subprocess.Popen[str]
     run_dir: Path
     output: Path
+    num_processes: int
 
     def wait_for_step(self, step: int) -> None:
         """Until so many steps are logged."""
         metrics = self.run_dir / METRICS_FILE
         while not (metrics.exists() and len(metrics.read_text().splitlines()) >= step):
+            assert self.command.poll() is None, self.said()
+            time.sleep(0.02)
+
+    def wait_for_watching_ranks(self) -> None:
+        """Until every rank looks at its launchers, which is long before its first step."""
+        while not (ranks := self._ranks_if_any()) or not all(map(_watches, ranks)):
             assert self.command.poll() is None, self.said()
             time.sleep(0.02)
 
@@ -55,6 +62,12 @@ class Launched:
     def said(self) -> str:
         """Both output streams so far."""
         return self.output.read_text(errors="replace")
+
+    def _ranks_if_any(self) -> list[psutil.Process]:
+        with contextlib.suppress(StopIteration, psutil.Error):
+            ranks = self.ranks()
+            return ranks if len(ranks) == self.num_processes else []
+        return []
 
     def _below(self) -> list[psutil.Process]:
         return psutil.Process(self.command.pid).children(recursive=True)
@@ -84,7 +97,7 @@ def launched(
             text=True,
         )
     seen: set[psutil.Process] = set()
-    run = Launched(command=command, run_dir=run_dir, output=output)
+    run = Launched(command=command, run_dir=run_dir, output=output, num_processes=num_processes)
     try:
         yield run
     finally:
@@ -113,3 +126,9 @@ def _words(process: psutil.Process) -> list[str]:
         return process.cmdline()
     except psutil.Error:
         return []
+
+
+def _watches(rank: psutil.Process) -> bool:
+    with contextlib.suppress(OSError):
+        return any("pidfd" in str(file.readlink()) for file in Path(f"/proc/{rank.pid}/fd").iterdir())
+    return False

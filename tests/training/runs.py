@@ -16,6 +16,7 @@ import torch.distributed as dist
 from audiotext_dist.distributed import World
 from audiotext_dist.errors import UserError
 from audiotext_dist.training import loop
+from audiotext_dist.training.preemption import StopRequest
 from audiotext_dist.training.prepare import Prepared, prepare
 from audiotext_dist.training.recipe import read_recipe
 from audiotext_dist.training.tracker import read_metrics
@@ -91,7 +92,7 @@ def train_with_faults(rank: int, words: Sequence[str], faults: Sequence[Fault] =
     with mock.patch.object(loop, "train_step", _faulty_step(prepared, rank, faults, states)):
         error = None
         try:
-            loop.train(prepared)
+            loop.train(prepared, StopRequest())
         except UserError as met:
             error = str(met)
     return Ran(metrics=read_metrics(Path(prepared.recipe.run_dir)), states=states, error=error)

@@ -6,6 +6,8 @@ import errno
 import logging
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from unittest import mock
@@ -14,7 +16,7 @@ import psutil
 import pytest
 
 from audiotext_dist.training import checkpoint
-from audiotext_dist.training.preemption import EXIT_PREEMPTED
+from audiotext_dist.training.preemption import EXIT_PREEMPTED, WRAPPER_VARIABLE
 from audiotext_dist.training.tracker import read_metrics
 from tests.ranks import run_on_ranks
 from tests.training.launched import DEEPSPEED, WRAPPER, Launched, launched, wait_for_all
@@ -89,6 +91,72 @@ def test_sigterm_to_the_command_that_passes_signals_on(tmp_path: Path, words: li
     code, seconds = stop(tmp_path / "run", words, "wrapper", signal.SIGTERM)
     assert code == EXIT_PREEMPTED
     assert seconds < LIMIT_SECONDS
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [("launcher", signal.SIGKILL), ("deepspeed", signal.SIGTERM), ("wrapper", signal.SIGKILL)],
+)
+def test_ranks_that_still_start_end_with_their_launcher(
+    tmp_path: Path, words: list[str], name: str, number: signal.Signals
+):
+    with launched(tmp_path / "run", *words, launcher=WRAPPER if name == "wrapper" else DEEPSPEED) as run:
+        run.wait_for_watching_ranks()
+        processes = run.processes()
+        start = time.monotonic()
+        target(run, name).send_signal(number)
+        wait_for_all(processes)
+        print(f"{number.name} to the {name} at the start: nothing left {time.monotonic() - start:.1f} s after it")
+        assert "this rank ends, since its launcher has; there was nothing to save" in run.said()
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+# A rank: names its launcher, and what it is asked once that is gone.
+RANK = """
+import os, sys, time
+from audiotext_dist.training.preemption import StopRequest
+stop = StopRequest()
+if sys.argv[1] == "listening":
+    stop.listen()
+print(os.getppid(), flush=True)
+until = time.monotonic() + 60
+while not stop.is_made() and time.monotonic() < until:
+    time.sleep(0.01)
+print(stop.reason, flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("state", "last_line"),
+    [
+        ("starting", "error: this rank ends, since its launcher has; there was nothing to save"),
+        ("listening", "the launcher's end"),
+    ],
+)
+def test_a_rank_notices_its_launchers_end(state: str, last_line: str):
+    start = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]])"
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", start, RANK, state],
+        env={**os.environ, "LOCAL_RANK": "0"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert launcher.stdout is not None
+    assert int(launcher.stdout.readline()) == launcher.pid
+    launcher.kill()
+    launcher.wait()
+    assert launcher.stdout.read().strip() == last_line, "the stream ends with the rank"
+
+
+def test_a_rank_whose_wrapper_died_before_it_started_ends():
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    variables = {"LOCAL_RANK": "0", WRAPPER_VARIABLE: str(gone.pid)}
+    rank = subprocess.run([sys.executable, "-c", RANK, "starting"], env={**os.environ, **variables}, timeout=60)
+    assert rank.returncode == EXIT_PREEMPTED
 
 
 def last_words_on_a_full_disk(rank: int, run_dir: Path, words: list[str]) -> list[str]:
