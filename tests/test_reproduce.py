@@ -161,6 +161,14 @@ def test_a_step_whose_command_changed_is_refused(file):
     assert failed.keys() == {"first seed 0", "second seed 0"}, "the second has a value of its own, but comes after"
 
 
+def test_a_step_whose_command_only_looks_otherwise_is_not_run_again(file):
+    assert Runner(read_table(str(file), ["seeds=[0]"])).run() == {}
+    again = f"${{launch}}  {file.with_name('step.py')} ${{log}} ${{folder}} '${{row}}' ${{seed}} ${{value}} ${{more}}"
+    file.write_text(file.read_text().replace("value: 0.1,", "value: 0.1, more: '',"))
+    assert Runner(read_table(str(file), ["seeds=[0]", f"steps.make={again}"])).run() == {}
+    assert ran(file) == ["prepare", "first 0", "second 0"]
+
+
 def test_words_may_name_what_belongs_to_a_row(file):
     table = read_table(str(file), ["variables.value=0.${seed}", "rows.third={variables: {log: '${folder}/log'}}"])
     names = table.names_of("third", 2)
