@@ -18,7 +18,7 @@ from audiotext_dist.training.weights import read_weights
 from tests.clips import SAMPLE_RATE_HZ, make_sample, write_shards
 from tests.commands import run_commands
 from tests.ranks import run_command_on_ranks
-from tests.wandb_file import history
+from tests.wandb_file import exit_code, history
 
 REPOSITORY = Path(__file__).parents[1]
 NUM_STEPS = 20
@@ -167,11 +167,16 @@ def test_a_clip_that_does_not_decode_is_replaced_counted_and_named_once(folder):
 
 def test_a_run_that_diverges_stops_and_leaves_no_broken_checkpoint(folder):
     sets = [f"data.train.own.shards={folder / 'train'}", "checkpoint.every_steps=1", "optim.weight_lr=1e30"]
-    done = run_command_on_ranks("pretrain", [*SMALL, *sets, f"run_dir={folder / 'diverged'}"], 1)
+    run = folder / "diverged"
+    done = run_command_on_ranks("pretrain", [*SMALL, *sets, f"run_dir={run}", "tracker.wandb=offline"], 1)
     assert done.returncode != 0
     assert "lower optim.weight_lr" in done.stderr
-    for saved in (folder / "diverged" / "checkpoints").glob("step-*"):
+    assert "Traceback" not in done.stderr
+    for saved in (run / "checkpoints").glob("step-*"):
         assert all(tensor.isfinite().all() for tensor in load_file(saved / "model.safetensors").values())
+    (offline,) = run.glob("wandb/offline-run-*")
+    assert f"wandb sync {offline}\n" in done.stderr
+    assert exit_code(run) == 1
 
 
 def test_bf16_learns_in_another_precision(folder, two_processes):

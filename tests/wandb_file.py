@@ -16,17 +16,26 @@ _FULL, _LAST = 1, 4
 
 def history(run_dir: Path) -> list[dict[str, Any]]:
     """Every line that was logged, name -> value, of a run folder's one offline run."""
-    (file,) = run_dir.glob("wandb/offline-run-*/*.wandb")
     lines = []
-    for content in _records(file.read_bytes()):
-        record = wandb_internal_pb2.Record.FromString(content)
+    for record in _records(run_dir):
         if record.WhichOneof("record_type") == "history":
             items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
             lines.append({name: json.loads(value) for name, value in items.items()})
     return lines
 
 
-def _records(log: bytes) -> Iterator[bytes]:
+def exit_code(run_dir: Path) -> int:
+    """With which a run folder's one offline run ended."""
+    (code,) = (record.exit.exit_code for record in _records(run_dir) if record.WhichOneof("record_type") == "exit")
+    return int(code)
+
+
+def _records(run_dir: Path) -> list[Any]:
+    (file,) = run_dir.glob("wandb/offline-run-*/*.wandb")
+    return [wandb_internal_pb2.Record.FromString(content) for content in _contents(file.read_bytes())]
+
+
+def _contents(log: bytes) -> Iterator[bytes]:
     place, parts = _FILE_HEADER, []
     while place + _HEADER.size <= len(log):
         if _BLOCK - place % _BLOCK < _HEADER.size:

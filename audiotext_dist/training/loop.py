@@ -91,11 +91,11 @@ def _train(prepared: Prepared, stop: StopRequest) -> list[RetrievalResult]:
         wandb_id=progress.wandb_id,
         is_main=world.is_main,
     )
-    results = _Run(prepared, engine, tracker, progress, stop).to_the_end()
-    if world.is_main:
-        with _not_worth_the_run(report.LOSS_PICTURE):
-            report.draw_loss(read_metrics(run_dir), run_dir)
-        tracker.close()
+    with tracker:
+        results = _Run(prepared, engine, tracker, progress, stop).to_the_end()
+        if world.is_main:
+            with _not_worth_the_run(report.LOSS_PICTURE):
+                report.draw_loss(read_metrics(run_dir), run_dir)
     return results
 
 
@@ -244,7 +244,6 @@ class _Run:
                 stands = f"there is no checkpoint: make room in {self._recipe.run_dir}"
             why = " and ".join(sorted(reasons))
             _log.warning("stopped by %s after step %d of %d; %s", why, self._step, self._last_step, stands)
-            self._tracker.close()
         raise SystemExit(EXIT_PREEMPTED)
 
     def _save(self) -> bool:

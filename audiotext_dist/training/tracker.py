@@ -28,11 +28,13 @@ METRICS_FILE = "metrics.jsonl"
 FINISH_SECONDS = 120.0
 # And so long after it was told something its service counts as hanging.
 ANSWER_SECONDS = FINISH_SECONDS + 60
+# A rank that fails has less time: its launcher kills what is left 30 s after the first rank that ended.
+FAILED_SECONDS = 20.0
 _log = logging.getLogger(__name__)
 
 
 class Tracker:
-    """Writes metrics on the main rank; on the others it does nothing.
+    """Writes metrics on the main rank; on the others it does nothing. The end of a ``with`` closes it.
 
     Args:
         start_step: lines of a killed run's steps after this one are cut off.
@@ -52,7 +54,7 @@ class Tracker:
     ) -> None:
         self._wandb: Any = None
         self._file: Any = None
-        self._offline_folder: Path | None = None
+        self._wandb_folder = run_dir.resolve() / "wandb"
         self.wandb_id: str | None = wandb_id
         if not is_main:
             return
@@ -67,8 +69,13 @@ class Tracker:
             )
         if self._wandb is not None:
             self.wandb_id = str(self._wandb.id)
-            if self._wandb.settings.mode == "offline":
-                self._offline_folder = Path(self._wandb.dir).resolve().parent
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # A run that leaves by SystemExit was asked to stop.
+        self.close(failed=kind is not None and not issubclass(kind, SystemExit))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one line: ``{"trainer/step": step, name: value, ...}``."""
@@ -91,12 +98,12 @@ class Tracker:
 
         self._tell_wandb(show)
 
-    def _tell_wandb(self, what: Callable[[Any], object]) -> None:
+    def _tell_wandb(self, what: Callable[[Any], object], answer_seconds: float = ANSWER_SECONDS) -> None:
         """Do something with the W&B run, if there is one; what goes wrong there is the end of it, not of training."""
         if self._wandb is None:
             return
         # A service that hangs would hold the run for ever; one that is killed fails the call.
-        limit = threading.Timer(ANSWER_SECONDS, _kill_service)
+        limit = threading.Timer(answer_seconds, _kill_service)
         limit.daemon = True
         limit.start()
         try:
@@ -120,13 +127,25 @@ class Tracker:
             self._file.truncate(num_bytes)
             _log.warning("a line of metrics is lost (%s)", error.strerror)
 
-    def close(self) -> None:
-        """Finish the files; names the command that uploads an offline run."""
-        if self._file is not None:
-            self._file.close()
-        self._tell_wandb(lambda run: run.finish())
-        if self._offline_folder is not None:
-            _log.info("W&B is offline; upload with: wandb sync %s", shlex.quote(str(self._offline_folder)))
+    def close(self, *, failed: bool = False) -> None:
+        """Finish the files; names the commands that upload what was logged offline, parts that were killed included.
+
+        failed: W&B shows the run so.
+        """
+        if self._file is None:
+            return
+        self._file.close()
+        # One command each: a command of several folders ends at the first in which a kill left half a record.
+        commands = [f"wandb sync {shlex.quote(str(folder))}" for folder in self._folders_to_upload()]
+        # Said first, as a failing rank may be killed while W&B finishes.
+        if commands:
+            _log.info("W&B was offline; upload with: %s", "; ".join(commands))
+        self._tell_wandb(lambda run: run.finish(exit_code=int(failed)), FAILED_SECONDS if failed else ANSWER_SECONDS)
+
+    def _folders_to_upload(self) -> list[Path]:
+        """Of each part of this run that was logged offline and is not uploaded yet, the oldest first."""
+        parts = sorted(self._wandb_folder.glob(f"offline-run-*-{self.wandb_id}"))
+        return [part for part in parts if not any(part.glob("*.wandb.synced"))]
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:

@@ -1,6 +1,8 @@
 """Metrics files: what a kill leaves behind, and what a resumed run makes of it."""
 
+import logging
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,14 +12,14 @@ import pytest
 from audiotext_dist.training.tracker import METRICS_FILE, Tracker, TrackerConfig, read_metrics
 
 
-def track(folder, start_step, steps, is_main=True):
+def track(folder, start_step, steps, is_main=True, wandb_id=None):
     tracker = Tracker(
         TrackerConfig(wandb="disabled"),
         folder,
         name="test",
         recipe={},
         start_step=start_step,
-        wandb_id=None,
+        wandb_id=wandb_id,
         is_main=is_main,
     )
     for step in steps:
@@ -69,9 +71,10 @@ tracker = Tracker(
 )
 tracker.log(1, {"train/loss": 1.0})
 first_id = tracker.wandb_id
+how, end = sys.argv[1:]
 for child in psutil.Process().children(recursive=True):
     if "wandb-core" in child.name():
-        if sys.argv[1] == "killed":
+        if how == "killed":
             child.kill()
             child.wait()
         else:
@@ -80,8 +83,10 @@ for step in (2, 3):
     tracker.log(step, {"train/loss": 1.0})
     print("step", step)
 assert tracker.wandb_id == first_id is not None
-module.ANSWER_SECONDS = 1.0
-tracker.close()
+setattr(module, "FAILED_SECONDS" if end == "failing" else "ANSWER_SECONDS", 1.0)
+with tracker:
+    if end == "failing":
+        raise RuntimeError("what went wrong")
 """
 
 
@@ -99,15 +104,52 @@ def run_in(folder: Path, script: str, *words: str) -> subprocess.CompletedProces
     )
 
 
-@pytest.mark.parametrize("how", ["killed", "hanging"])
-def test_a_run_outlives_the_service_of_wandb(tmp_path, how):
-    done = run_in(tmp_path, OUTLIVING, how)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize(("how", "end"), [("killed", "well"), ("hanging", "well"), ("hanging", "failing")])
+def test_a_run_outlives_the_service_of_wandb(tmp_path, how, end):
+    done = run_in(tmp_path, OUTLIVING, how, end)
+    # An error of the run is still the one that a person sees, once.
+    failed = end == "failing"
+    assert (done.returncode, done.stderr.count("Traceback")) == (int(failed), int(failed)), done.stderr
+    assert done.stderr.endswith("\nRuntimeError: what went wrong\n") == failed
     assert steps_of(tmp_path) == [1, 2, 3]
     assert done.stderr.count("W&B has stopped") == 1
-    assert "Traceback" not in done.stderr
     (folder,) = tmp_path.glob("wandb/offline-run-*")
     assert f"wandb sync {folder}\n" in done.stderr
+
+
+PART = """
+import logging, os, signal, sys
+from pathlib import Path
+from audiotext_dist.training.tracker import Tracker, TrackerConfig
+logging.basicConfig(level=logging.INFO)
+wandb_id, step, end = sys.argv[1:]
+with Tracker(
+    TrackerConfig(wandb="offline"), Path("."), name="test", recipe={}, start_step=int(step), wandb_id=wandb_id or None,
+    is_main=True
+) as tracker:
+    print(tracker.wandb_id, flush=True)
+    tracker.log(int(step) + 1, {"train/loss": 1.0})
+    if end == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_an_offline_run_that_goes_on_names_the_folders_of_all_its_parts(tmp_path, caplog):
+    other = tmp_path / "wandb" / "offline-run-20200101_000000-other"
+    other.mkdir(parents=True)
+    killed = run_in(tmp_path, PART, "", "0", "killed")
+    wandb_id = killed.stdout.strip()
+    assert (killed.returncode, bool(wandb_id)) == (-signal.SIGKILL, True), killed.stderr
+    (first,) = tmp_path.glob(f"wandb/offline-run-*-{wandb_id}")
+    done = run_in(tmp_path, PART, wandb_id, "1", "well")
+    assert (done.returncode, done.stdout.strip()) == (0, wandb_id), done.stderr
+    (second,) = set(tmp_path.glob("wandb/offline-run-*")) - {first, other}
+    assert f"upload with: wandb sync {first}; wandb sync {second}\n" in done.stderr
+    # As `wandb sync` marks a part that it has uploaded.
+    (second / f"run-{wandb_id}.wandb.synced").touch()
+    caplog.set_level(logging.INFO)
+    track(tmp_path, 2, [], wandb_id=wandb_id).close()
+    assert caplog.messages == [f"W&B was offline; upload with: wandb sync {first}"]
 
 
 STARTING = """
