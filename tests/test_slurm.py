@@ -90,6 +90,13 @@ def test_a_job_is_queued_again_where_that_helps(
     assert not list(tmp_path.glob(".hosts-12345*"))
 
 
+def test_codes_of_a_start_whose_shell_was_killed_are_not_this_ones(tmp_path: Path) -> None:
+    (tmp_path / ".hosts-12345.code-1").write_text("1\n")
+    job = start(tmp_path, [], "69", NODES="n1")  # so the second node notes no code of its own
+    assert job.wait() == 69
+    assert (tmp_path / "requeued").exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_to_the_script_reaches_every_node(tmp_path: Path, number: signal.Signals) -> None:
     job = start(tmp_path, [], "75 75", waits=True)
