@@ -24,6 +24,7 @@ from audiotext_dist.errors import run_for_people
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["launch.pretrain"])
 _LIMIT_SECONDS = 600
+_COLLECTIVE_SECONDS = 300
 
 
 def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
@@ -111,7 +112,7 @@ def _rank(
     os.environ.update(environment)
     torch.set_num_threads(1)
     # A collective that the others never come to fails, in the place of waiting.
-    timeout = timedelta(seconds=_LIMIT_SECONDS)
+    timeout = timedelta(seconds=_COLLECTIVE_SECONDS)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=timeout)
     try:
         results.put((rank, function(rank, *args)))

@@ -30,6 +30,7 @@ def main(seed: int, num_kills: int, words: list[str]) -> dict[str, Any]:
     run_dir = Path(next(word.removeprefix("run_dir=") for word in words if word.startswith("run_dir=")))
     killed = during_saves = 0
     while killed < num_kills:
+        left_before = half_written(run_dir)
         ranks = start(words)
         # One in four meets the start or the resume, the others training and saving.
         if random.random() < 0.75:
@@ -43,7 +44,8 @@ def main(seed: int, num_kills: int, words: list[str]) -> dict[str, Any]:
         for rank in victims:
             os.kill(rank, signal.SIGKILL)
         killed += 1
-        during_saves += bool(list(run_dir.glob("checkpoints/.step-*.partial")))
+        # What an earlier kill left may lie there still, where this one came before the run could clear it.
+        during_saves += bool(half_written(run_dir) - left_before)
         # As the launcher does where one rank is gone.
         for rank in ranks:
             with contextlib.suppress(ProcessLookupError):
@@ -60,6 +62,11 @@ def wait(ranks: list[int], until: Callable[[], bool]) -> None:
     """Until then, or until a rank has ended."""
     while alive(ranks) == 2 and not until():
         time.sleep(0.001)
+
+
+def half_written(run_dir: Path) -> set[str]:
+    """The checkpoints that have no name yet."""
+    return {path.name for path in run_dir.glob("checkpoints/.step-*.partial")}
 
 
 def num_lines(run_dir: Path) -> int:

@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import fsspec
@@ -292,6 +293,32 @@ def test_a_copy_that_lags_behind_takes_the_newest(tmp_path: Path, monkeypatch: p
         saver.finish()
         assert {name.split("/")[1] for name in objects(endpoint, "lagging")} == {"step-00000007"}
     assert names(tmp_path) == ["step-00000007"]
+
+
+def test_training_does_not_wait_while_a_store_takes_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    began, may_go_on = threading.Event(), threading.Event()
+
+    def hold(request: Request) -> None:
+        if request.method == "PUT" and "/step-" in request.path:
+            put.add(request.path.split("/")[3])
+            began.set()
+            may_go_on.wait(30)  # only so that a save that waits for it fails, in the place of hanging
+
+    put: set[str] = set()
+    with server() as endpoint, proxy(endpoint, hold) as address:
+        use(monkeypatch, address)
+        fsspec.filesystem("s3").mkdir("slow")
+        saver = saver_of(tmp_path, upload_to="s3://slow/mine", keep_last=3)
+        assert saver.save(at(1))
+        assert began.wait(30)
+        assert saver.save(at(2))
+        assert saver.save(at(3))
+        assert objects(endpoint, "slow") == {}
+        may_go_on.set()
+        saver.finish()
+        assert {name.split("/")[1] for name in objects(endpoint, "slow")} == {"step-00000001", "step-00000003"}
+    # While the first one was on its way, the third took the second one's turn.
+    assert put == {"step-00000001", "step-00000003"}
 
 
 def test_a_disk_without_links_costs_the_copies(
