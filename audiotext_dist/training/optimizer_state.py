@@ -39,12 +39,12 @@ class OptimizerState:
         """Take up what ``gathered`` gave, after the model has its weights.
 
         Raises:
-            UserError: of another model's parameters.
+            UserError: of other parameters than are trained now.
         """
         named = [(key.rpartition(":"), value) for key, value in state.items()]
         names = {id(parameter): name for name, parameter in self._model.named_parameters()}
-        known = {names[id(parameter)] for group in self._groups() for parameter in group}
-        unknown = next((name for (name, _, _), _ in named if name not in known), None)
+        trained = [names[id(parameter)] for group in self._groups() for parameter in group]
+        unknown = next((name for (name, _, _), _ in named if name not in trained), None)
         if unknown is not None:
             raise UserError(
                 f"the checkpoint's optimizer trained {unknown}, which this recipe does not: use another run_dir"
@@ -52,6 +52,12 @@ class OptimizerState:
         by_name: dict[str, dict[str, torch.Tensor]] = {}
         for (name, _, key), value in named:
             by_name.setdefault(name, {})[key] = value
+        # Where every step so far was skipped, it holds nothing of any.
+        missing = next((name for name in trained if by_name and name not in by_name), None)
+        if missing is not None:
+            raise UserError(
+                f"this recipe trains {missing}, which the checkpoint's optimizer did not: use another run_dir"
+            )
         for number, group in enumerate(self._groups()):
             for parameter in group:
                 for key, whole in by_name.get(names[id(parameter)], {}).items():
