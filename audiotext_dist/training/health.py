@@ -39,13 +39,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Health:
-    """What a checkpoint keeps: the counts of a run so far, and the losses by which spikes are judged."""
+    """What a checkpoint keeps: the counts of a run so far, and the losses by which spikes are judged.
+
+    num_skipped_in_a_row: up to the last step. An older checkpoint does not tell it.
+    """
 
     num_sick_losses: int = 0
     num_sick_gradients: int = 0
     num_spikes: int = 0
     num_overflows: int = 0
     num_skipped: int = 0
+    num_skipped_in_a_row: int = 0
     recent_losses: tuple[float, ...] = ()
 
 
@@ -64,7 +68,6 @@ class HealthWatch:
         self.health = health
         self._spike_ratio, self._skip_spikes = spike_ratio, skip_spikes
         self._max_sick_in_a_row, self._run_dir = max_sick_in_a_row, run_dir
-        self._num_in_a_row = 0
 
     def judge_loss(self, loss: float) -> Sickness | None:
         """What is wrong with a loss, the mean over ranks."""
@@ -87,6 +90,9 @@ class HealthWatch:
         """
         skipped, health = self.is_skipped(sickness), self.health
         recent = health.recent_losses
+        num_in_a_row = health.num_skipped_in_a_row
+        if sickness != "overflow":
+            num_in_a_row = num_in_a_row + 1 if skipped else 0
         if math.isfinite(loss) and not (sickness == "spike" and skipped):
             recent = (*recent, loss)[-SPIKE_WINDOW:]
         self.health = Health(
@@ -95,10 +101,9 @@ class HealthWatch:
             num_spikes=health.num_spikes + (sickness == "spike"),
             num_overflows=health.num_overflows + (sickness == "overflow"),
             num_skipped=health.num_skipped + skipped,
+            num_skipped_in_a_row=num_in_a_row,
             recent_losses=recent,
         )
-        if sickness != "overflow":
-            self._num_in_a_row = self._num_in_a_row + 1 if skipped else 0
         if sickness is not None and world.is_main:
             what = {
                 "loss": "a loss that is not finite",
@@ -107,7 +112,7 @@ class HealthWatch:
                 "overflow": "gradients too large for this loss scale, which is halved",
             }
             _log.warning("step %d: %s (%.4g)%s", step, what[sickness], loss, ", skipped" if skipped else "")
-        if self._num_in_a_row > self._max_sick_in_a_row:
+        if self.health.num_skipped_in_a_row > self._max_sick_in_a_row:
             self._stop(step, sickness, keys, world)
 
     def metrics(self) -> dict[str, float]:
@@ -122,7 +127,7 @@ class HealthWatch:
             content = {"step": step, "sickness": sickness, "keys_of_ranks": keys_of_ranks}
             storage.write_bytes(str(file), json.dumps(content, indent=1).encode())
         raise UserError(
-            f"the {sickness} of step {step} is not right, and {self._num_in_a_row} steps in a row were skipped, more "
-            f"than training.max_sick_steps_in_a_row={self._max_sick_in_a_row} (the batch's clips: {file}): "
-            f"{MEND_OF_DIVERGENCE}"
+            f"the {sickness} of step {step} is not right, and {self.health.num_skipped_in_a_row} steps in a row were "
+            f"skipped, more than training.max_sick_steps_in_a_row={self._max_sick_in_a_row} (the batch's clips: "
+            f"{file}): {MEND_OF_DIVERGENCE}"
         )

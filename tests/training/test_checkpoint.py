@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from audiotext_dist.training.prepare import prepare
 from audiotext_dist.training.recipe import read_recipe
 from audiotext_dist.training.saving import CheckpointConfig, Saver
 from tests.clips import make_sample, write_shards
+from tests.ranks import run_on_ranks
 from tests.training.runs import SMALL, write_training_set
 
 START = Progress(
@@ -85,6 +87,21 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(tmp_path, file, dam
             path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
     assert newest(tmp_path) == "step-00000001"
     assert checkpoint_folder.newest_whole(tmp_path).name == "step-00000001"
+
+
+def newest_of_each(rank: int, run_dirs: list[Path]) -> list[str]:
+    return [checkpoint.find_newest_whole(run_dir, World(rank=rank, size=2)).name for run_dir in run_dirs]
+
+
+def test_two_ranks_that_share_the_files_both_hear_of_a_flipped_bit_in_any(tmp_path):
+    save(tmp_path / "whole", 1, 2)
+    files = [path.name for path in (tmp_path / "whole" / "checkpoints" / "step-00000002").iterdir()]
+    for file in files:
+        shutil.copytree(tmp_path / "whole", tmp_path / file)
+        path = tmp_path / file / "checkpoints" / "step-00000002" / file
+        path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
+    found = run_on_ranks(newest_of_each, 2, [tmp_path / name for name in ("whole", *files)])
+    assert found == [["step-00000002", *["step-00000001"] * 5]] * 2
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(tmp_path, caplog):
@@ -181,12 +198,12 @@ def test_a_run_goes_on_with_its_clips_in_the_same_order_or_not_at_all(tmp_path):
             before.check_fits(now, "step-1")
 
 
-def test_an_older_checkpoint_that_tells_nothing_of_the_order_is_taken(tmp_path):
+def test_an_older_checkpoint_that_tells_nothing_of_order_and_sick_steps_in_a_row_is_taken(tmp_path):
     model = save(tmp_path, 3)
     saved = tmp_path / "checkpoints" / "step-00000003"
     assert checkpoint.read_progress(saved) == dataclasses.replace(START, step=3)
     told = json.loads((saved / "progress.json").read_text())
-    del told["order"]
+    del told["order"], told["health"]["num_skipped_in_a_row"]
     (saved / "progress.json").write_text(json.dumps(told))
     # From here on its run tells it.
     assert checkpoint.load(StateEngine(), model, saved, START).order == START.order

@@ -136,6 +136,17 @@ def test_a_spike_is_judged_by_the_median_of_enough_losses(tmp_path: Path) -> Non
     assert watch(tmp_path, spike_ratio=None).judge_loss(1e9) is None
 
 
+def test_a_run_that_is_stopped_again_and_again_ends_of_sick_steps_all_the_same(tmp_path: Path) -> None:
+    health = watch(tmp_path)
+    feed(health, NAN, NAN)
+    resumed = watch(tmp_path)
+    resumed.health = health.health  # as the checkpoint tells it
+    with pytest.raises(UserError, match="3 steps in a row were skipped"):
+        feed(resumed, NAN)
+    resumed.health = health.health
+    feed(resumed, 1.0, NAN, NAN)
+
+
 def test_spikes_that_are_skipped_are_no_measure_and_end_a_run_that_stays_up(tmp_path: Path) -> None:
     health = watch(tmp_path, skip_spikes=True)
     feed(health, *[1.0] * SPIKE_WINDOW)
