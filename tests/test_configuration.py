@@ -62,6 +62,18 @@ def test_no_url_of_a_recipe_holds_a_secret(key: str, url: str) -> None:
         ([*ENOUGH, "model.max_logit_scale=0"], r"model.max_logit_scale=0.0 must be above 0"),
         ([*ENOUGH, "loss.pair_weight=0"], r"the loss has no term: set loss.pair_weight"),
         ([*ENOUGH, "loss.recording_weight=-1"], r"loss.recording_weight=-1.0 must be 0 or more"),
+        (
+            [*ENOUGH, "loss.recording_form=left_out"],
+            r"loss.recording_form=left_out says nothing with loss.recording_weight=0: raise that",
+        ),
+        (
+            [*ENOUGH, "loss.teacher_temperature=0.1"],
+            r"loss.teacher_temperature=0.1 says nothing with loss.teacher_weight=0: raise that",
+        ),
+        (
+            [*ENOUGH, "training.skip_spikes=true", "training.spike_ratio=null"],
+            r"training.skip_spikes=true says nothing with training.spike_ratio=null",
+        ),
         ([*ENOUGH, "loss.tile_bytes=0"], r"loss.tile_bytes=0 must be above 0"),
         ([*ENOUGH, "loss.direction=forth"], r"wrong value for 'loss.direction'.*first_to_second"),
         ([*ENOUGH, "loss.teacher_weight=1"], r"loss.teacher_weight=1 needs teachers: embed the training sets"),

@@ -66,6 +66,11 @@ class TrainingConfig:
         )
         if self.max_sick_steps_in_a_row < 0:
             raise UserError(f"training.max_sick_steps_in_a_row={self.max_sick_steps_in_a_row} must not be negative")
+        if self.skip_spikes and self.spike_ratio is None:
+            raise UserError(
+                "training.skip_spikes=true says nothing with training.spike_ratio=null, which finds no spikes: set a "
+                "ratio such as 3, or skip_spikes=false"
+            )
         if self.seed < 0:
             raise UserError(f"training.seed={self.seed} must not be negative")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
