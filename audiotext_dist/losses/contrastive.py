@@ -32,7 +32,7 @@ class LossOutput(NamedTuple):
     """The mean over ranks of each of these is that of the whole batch.
 
     loss: carries the gradient. figures: what to log, each a scalar: ``NAME_loss`` of each term before its weight,
-    ``recall_at_1``, the share of rows whose own pair scores highest, and ``reverse_recall_at_1``, of columns;
+    ``recall_at_1``, the share of rows whose own pair scores above all others, and ``reverse_recall_at_1``, of columns;
     ``positive_cosine`` and ``negative_cosine``, means over the own pairs and over those of different recordings;
     ``positives_a_row``, rows of one recording, itself included; ``teacher_entropy`` and ``teacher_kl`` (nats) where
     there are teachers.

@@ -35,33 +35,42 @@ def softmax_loss(block: Block, targets: Targets, teachers: Block | None, config:
 class _Softmax:
     """The softmax over each row of a block and, over all ranks, over each column, once every tile was added.
 
-    mass_N: what row or column i counts in the loss. direction_weights: of the rows and of the columns.
+    mass_N: what row or column i counts in the loss. direction_weights: of the rows and of the columns; of what weighs
+    nothing no logsumexp is made.
     """
 
     def __init__(self, layout: RowLayout, mass_N: torch.Tensor, direction_weights: tuple[float, float]) -> None:
         self._layout, self._mass_N, self._direction_weights = layout, mass_N, direction_weights
-        self._row_n = torch.empty_like(mass_N[layout.own])
+        self._row_n = torch.zeros_like(mass_N[layout.own])
         self._column_N = torch.full_like(mass_N, -torch.inf)
 
     def add(
         self, tile: slice, s_cN: torch.Tensor, free_cN: torch.Tensor, maxima: tuple[torch.Tensor, torch.Tensor] | None
     ) -> None:
         """Take a tile in, overwriting free_cN. maxima: of its rows and columns, where they are known."""
-        lowest = torch.finfo(s_cN.dtype).min  # of a column that is left out of every row, whose sum is 0
-        max_c, max_N = maxima or (s_cN.amax(dim=1), s_cN.amax(dim=0).clamp_(min=lowest))
-        self._row_n[tile] = torch.sub(s_cN, max_c[:, None], out=free_cN).exp_().sum(dim=1).log_() + max_c
-        column_N = torch.sub(s_cN, max_N, out=free_cN).exp_().sum(dim=0).log_() + max_N
-        self._column_N = torch.logaddexp(self._column_N, column_N)
+        row_weight, column_weight = self._direction_weights
+        if row_weight:
+            max_c = s_cN.amax(dim=1) if maxima is None else maxima[0]
+            self._row_n[tile] = torch.sub(s_cN, max_c[:, None], out=free_cN).exp_().sum(dim=1).log_() + max_c
+        if column_weight:
+            lowest = torch.finfo(s_cN.dtype).min  # of a column that is left out of every row, whose sum is 0
+            max_N = s_cN.amax(dim=0).clamp_(min=lowest) if maxima is None else maxima[1]
+            column_N = torch.sub(s_cN, max_N, out=free_cN).exp_().sum(dim=0).log_() + max_N
+            self._column_N = torch.logaddexp(self._column_N, column_N)
 
     def join(self) -> None:
         """Join the columns over the ranks: after the last tile."""
-        self._column_N = logsumexp_over_ranks(self._column_N, self._layout)
+        if self._direction_weights[1]:  # the same on every rank
+            self._column_N = logsumexp_over_ranks(self._column_N, self._layout)
 
     def log_sums(self, mass_N: torch.Tensor) -> torch.Tensor:
         """The logsumexps of this rank's rows and columns, each by what it counts, summed."""
         row_weight, column_weight = self._direction_weights
         own = self._layout.own
-        return torch.dot(mass_N[own], row_weight * self._row_n + column_weight * self._column_N[own])
+        sums_n = row_weight * self._row_n
+        if column_weight:
+            sums_n += column_weight * self._column_N[own]
+        return torch.dot(mass_N[own], sums_n)
 
     def weighted(self, tile: slice, s_cN: torch.Tensor, free_cN: torch.Tensor) -> Iterator[torch.Tensor]:
         """Softmax times what its row counts, then the same of the columns, each in free_cN."""

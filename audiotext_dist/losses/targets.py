@@ -87,7 +87,11 @@ class Targets:
 
     def own_pairs(self, block_cN: torch.Tensor, tile: slice) -> torch.Tensor:
         """The entries of a tile that stand for its rows' own pairs, a view [c]."""
-        return block_cN.diagonal(self.layout.first_own + tile.start)
+        return block_cN.diagonal(self.columns_of(tile).start)
+
+    def columns_of(self, tile: slice) -> slice:
+        """The columns of a tile's own pairs, among all."""
+        return slice(self.layout.first_own + tile.start, self.layout.first_own + tile.stop)
 
     def subtract(
         self, term: Positives, tile: slice, s_cN: torch.Tensor, g_cN: torch.Tensor, free_cN: torch.Tensor

@@ -50,12 +50,18 @@ def naive_figures(config: LossConfig, a, t, scale, bias, recording, teachers) ->
         found["teacher_kl"] = found["teacher_loss"] - found["teacher_entropy"]
     return {
         **found,
-        "recall_at_1": (cosine.argmax(1) == torch.arange(len(a))).to(a.dtype).mean(),
-        "reverse_recall_at_1": (cosine.argmax(0) == torch.arange(len(a))).to(a.dtype).mean(),
+        "recall_at_1": _found(cosine, own),
+        "reverse_recall_at_1": _found(cosine.T, own),
         "positive_cosine": cosine[own].mean(),
         "negative_cosine": cosine[~same].mean(),
         "positives_a_row": same.to(a.dtype).sum(1).mean(),
     }
+
+
+def _found(cosine, own):
+    """The share of rows whose own pair is above every other; a tie is not."""
+    others = cosine.masked_fill(own, -torch.inf).amax(1)
+    return (cosine.diagonal() > others).to(cosine.dtype).mean()
 
 
 def _cosines(config, a, t):
@@ -68,7 +74,8 @@ def _cosines(config, a, t):
 
 def _alone(config, term):
     weights = {f"{name}_weight": float(name == term) for name in ("pair", "recording", "teacher")}
-    return dataclasses.replace(config, **weights)
+    form = config.recording_form if term == "recording" else LossConfig.recording_form
+    return dataclasses.replace(config, recording_form=form, **weights)
 
 
 def _pairs(num_rows, recording):

@@ -14,12 +14,13 @@ from pytorch_metric_learning.losses import NTXentLoss, SupConLoss
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from audiotext_dist.losses import softmax
 from audiotext_dist.losses.block import Block
 from audiotext_dist.losses.config import LossConfig
 from audiotext_dist.losses.contrastive import Teachers, contrastive_loss
 from audiotext_dist.losses.targets import join_teachers, recording_ids
 from tests.losses.cases import CONFIGS, DIM, NUM_ROWS, RECORDINGS, distance, on_four_ranks, raw_teachers, rows
-from tests.losses.naive import naive_loss
+from tests.losses.naive import naive_figures, naive_loss
 from tests.ranks import run_on_ranks
 
 
@@ -185,6 +186,42 @@ def test_figures_of_the_batch():
     assert output.loss.item() == pytest.approx(
         figures["pair_loss"] + figures["recording_loss"] + 2 * figures["teacher_loss"]
     )
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    hot_a=st.lists(st.integers(0, DIM - 1), min_size=1, max_size=12),
+    hot_t=st.lists(st.integers(0, DIM - 1), min_size=12, max_size=12),
+    name=st.sampled_from(["softmax", "sigmoid"]),
+    tile_bytes=st.integers(1, 1000),
+)
+def test_of_a_tie_no_pair_is_found(hot_a, hot_t, name, tile_bytes):
+    """Rows of one 1: every cosine is exactly 0 or 1."""
+    a, t = (torch.eye(DIM).double()[torch.tensor(hot[: len(hot_a)])] for hot in (hot_a, hot_t))
+    scale, bias = torch.tensor([5.0]).double(), torch.zeros(1).double() if name == "sigmoid" else None
+    config = LossConfig(name=name, tile_bytes=tile_bytes)
+    figures = contrastive_loss(a, t, scale, config, bias=bias).figures
+    expected = naive_figures(config, a, t, scale, bias, None, None)
+    for figure in ("recall_at_1", "reverse_recall_at_1"):
+        torch.testing.assert_close(figures[figure], expected[figure])
+
+
+def test_towers_that_say_the_same_of_every_clip_find_none():
+    same = torch.eye(DIM)[:1].expand(9, DIM)
+    for a, t in ((same, same), (same, rows(1, 9).float()), (rows(1, 9).float(), same)):
+        figures = contrastive_loss(a, t, torch.tensor([5.0])).figures
+        assert min(figures["recall_at_1"], figures["reverse_recall_at_1"]) == 0
+    alone = contrastive_loss(same[:1], same[:1], torch.tensor([5.0])).figures
+    assert alone["recall_at_1"] == alone["reverse_recall_at_1"] == 1
+
+
+@pytest.mark.parametrize(("direction", "num_joined"), [("first_to_second", 0), ("second_to_first", 2), ("both", 2)])
+def test_no_logsumexp_of_columns_that_weigh_nothing_crosses_the_ranks(monkeypatch, direction, num_joined):
+    joined = []
+    monkeypatch.setattr(softmax, "logsumexp_over_ranks", lambda own_N, layout: joined.append(1) or own_N)
+    config = LossConfig(direction=direction, teacher_weight=1.0)
+    contrastive_loss(unit_rows(1), unit_rows(2), torch.ones(1).double(), config, teachers=teachers())
+    assert len(joined) == num_joined
 
 
 def test_recordings_have_the_same_number_in_every_process():
