@@ -71,21 +71,24 @@ def build_optimizer(model: nn.Module, config: OptimConfig, *, global_batch_size:
     Each group remembers its peak rate as ``peak_lr``; ``set_learning_rates`` scales from there.
 
     Raises:
-        UserError: a name in ``lr_scales`` fits no parameter.
+        UserError: a name in ``lr_scales`` fits no parameter, or none that is trained.
     """
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
-    unused = set(config.lr_scales)
+    unknown, idle = set(config.lr_scales), set(config.lr_scales)
     for name, parameter in model.named_parameters():
         prefixes = [prefix for prefix in config.lr_scales if f"{name}.".startswith(f"{prefix}.")]
-        unused -= set(prefixes)
+        unknown -= set(prefixes)
         scale = config.lr_scales[max(prefixes, key=len)] if prefixes else 1.0
         if parameter.requires_grad:
+            idle -= set(prefixes)
             groups.setdefault((parameter.ndim < 2, scale), []).append(parameter)
-    if unused:
+    if unknown:
         known = ", ".join(name for name, _ in model.named_children())
         raise UserError(
-            f"optim.lr_scales.{min(unused)} is the beginning of no parameter's name: the towers are {known}"
+            f"optim.lr_scales.{min(unknown)} is the beginning of no parameter's name: the towers are {known}"
         )
+    if idle:
+        raise UserError(f"optim.lr_scales.{min(idle)} trains nothing, since all of that is frozen: leave it out")
     batch_scale = global_batch_size / LARS_REFERENCE_BATCH if config.name == "lars" else 1.0
     bias_lr = config.weight_lr if config.bias_lr is None else config.bias_lr
     described = [

@@ -137,6 +137,10 @@ def test_rates_by_the_beginning_of_names():
     assert named_learning_rates(optimizer.param_groups)["optim/bias_lr_x0.1"] == 0.025
     with pytest.raises(UserError, match=r"optim\.lr_scales\.audi is the beginning of no parameter's name"):
         build_optimizer(model, OptimConfig(lr_scales={"audi": 0.1}), global_batch_size=8)
+    model["audio"][1].requires_grad_(False)
+    assert build_optimizer(model, OptimConfig(lr_scales={"audio": 0.1}), global_batch_size=8)
+    with pytest.raises(UserError, match=r"optim\.lr_scales\.audio\.1 trains nothing"):
+        build_optimizer(model, config, global_batch_size=8)
 
 
 def test_encoder_and_projection_have_own_rates_and_biases_and_norms_no_decay() -> None:
