@@ -28,6 +28,7 @@ class Meter:
         self._waited_seconds = 0.0
         self._num_batches = 0
         self._counts = ReadCounts()
+        _forget_peaks(world.device)
 
     def waiting_for(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches, each wait measured."""
@@ -43,10 +44,11 @@ class Meter:
 
     @contextlib.contextmanager
     def stopped(self) -> Iterator[None]:
-        """What happens inside counts as no time."""
+        """What happens inside counts as no time, and its memory is no step's."""
         before = time.perf_counter()
         yield
         self._start += time.perf_counter() - before
+        _forget_peaks(self._world.device)
 
     def read(self) -> dict[str, float]:
         """Name -> figure over all ranks; starts anew. Bytes are those of the workers, which are some batches ahead."""
@@ -72,10 +74,17 @@ class Meter:
 
 
 def _memory_bytes(device: torch.device) -> dict[str, float]:
-    """This process's resident memory now; on an accelerator also the peaks of what was in use and what was held."""
+    """This process's resident memory now; on an accelerator also the peaks of what was in use and what was held since
+    ``stopped`` was left last, which in the loop is every step.
+    """
     resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
     found = {"resident_bytes": float(resident_pages * resource.getpagesize())}
     if device.type == "cuda":
         found["device_allocated_peak_bytes"] = float(torch.cuda.max_memory_allocated(device))
         found["device_reserved_peak_bytes"] = float(torch.cuda.max_memory_reserved(device))
     return found
+
+
+def _forget_peaks(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)

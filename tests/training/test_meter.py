@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 
 from audiotext_dist.data.batch import Batch
 from audiotext_dist.data.read_counts import ReadCounts
 from audiotext_dist.distributed import World
+from audiotext_dist.training import meter as meter_module
 from audiotext_dist.training.meter import Meter
 from audiotext_dist.training.step_log import progress_line
 
@@ -47,6 +49,24 @@ def test_the_meter_adds_what_the_workers_counted_and_starts_anew() -> None:
     counted = ("cache", "bytes", "waits")
     again = {name: value for name, value in meter.read().items() if name.startswith("data/")}
     assert not any(value for name, value in again.items() if any(word in name for word in counted))
+
+
+def test_the_peak_of_a_step_is_not_that_of_what_happens_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the device of a stand-in for CUDA's counters."""
+    peak = {"bytes": 9000.0}  # of building the model
+    monkeypatch.setattr(World, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: peak["bytes"])
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _: peak["bytes"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: peak.update(bytes=100.0))
+    for name in ("max_over_ranks", "sums_over_ranks"):
+        monkeypatch.setattr(meter_module, name, lambda values, _: list(values))
+    meter, read = Meter(World(), global_batch_size=4), []
+    for step_bytes in (500.0, 300.0):
+        peak["bytes"] = max(peak["bytes"], step_bytes)
+        read.append(meter.read()["memory/device_allocated_peak_bytes"])
+        with meter.stopped():
+            peak["bytes"] = 7000.0  # of an evaluation
+    assert read == [500, 300]
 
 
 def test_the_progress_line_tells_what_the_data_cost_and_lacked() -> None:
