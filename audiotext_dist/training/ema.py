@@ -14,6 +14,7 @@ class Ema:
 
     After each update, average = decay * average + (1 - decay) * weight (Polyak and Juditsky 1992; the decay form of
     Tarvainen and Valpola 2017, arXiv:1703.01780); it starts from the weights that the model has now.
+    Buffers stay the model's own, so BatchNorm's running statistics are those of the weights that are not averaged.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

@@ -43,6 +43,7 @@ class TrainingConfig:
     resume: ``auto`` goes on from the newest complete checkpoint in run_dir, or starts where there is none.
     ema_decay: of the moving average of the weights, such as 0.9999; null keeps none. Evaluation and export take the
     average where there is one (unless evaluation.ema=false, or ema=false), and so do other runs that start from this.
+    BatchNorm's running statistics are not averaged: those of mobilenet.batch_norm=batch are the last weights'.
     max_sick_steps_in_a_row: a step whose loss or gradient is not finite is skipped; more of them in a row end the run.
     spike_ratio: a loss above so many times the median of the last 32 is a spike: counted, logged, and left out with
     skip_spikes.
