@@ -195,6 +195,8 @@ def test_audio_image_with_lars_leaves_the_image_tower_alone(folder):
         assert torch.equal(first[name], last[name]) == name.startswith("image."), name
     directions = json.loads((run / "retrieval.json").read_text())[0]["directions"]
     assert list(directions) == ["audio->image", "image->audio"]
+    steps = [line for line in read_metrics(run) if "train/loss" in line]
+    assert all(0 < line[f"optim/trust_ratio_{name}"] < 1 for line in steps for name in ("min", "median", "max"))
 
 
 def test_evaluation_and_export_agree_with_the_run(folder, two_processes):

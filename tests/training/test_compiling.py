@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,19 @@ def test_other_sizes_of_batch_stop_compiling() -> None:
     assert len(set(graphs[1:])) == 1
     for (name, one), other in zip(plain.named_parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_run_compiles_where_it_is_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("audiotext_dist.training.prepare.compile_towers", partial(compile_towers, backend="eager"))
+    words = [*SMALL, f"data.train.own.shards={write_training_set(tmp_path / 'train')}", f"run_dir={tmp_path / 'run'}"]
+    graphs = []
+    for asked in ("false", "true"):
+        model = prepare(read_recipe([*words, f"engine.compile={asked}"]), World()).model.eval()
+        counters.clear()
+        with torch.no_grad():
+            model(inputs_of(model, 2))
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == 0 < graphs[1]
 
 
 def test_a_machine_without_a_compiler_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
