@@ -17,8 +17,9 @@ HELP = """Train a recipe on every process the launcher starts.
     deepspeed launch/pretrain.py recipe=FILE.yaml [key=value ...]
     deepspeed --num_accelerators 2 launch/pretrain.py recipe=launch/recipes/soundscape/audio_text.yaml
 
-A run leaves in its folder (run_dir): recipe.yaml, the resolved recipe; metrics.jsonl; checkpoints/;
-retrieval.json, the last evaluation; loss.png. Go on after a stop with training.resume=auto.
+A run leaves in its folder (run_dir): recipe.yaml, the resolved recipe; deepspeed.json, what DeepSpeed was told;
+metrics.jsonl; checkpoints/; retrieval.json, the last evaluation; loss.png. Go on after a stop with
+training.resume=auto.
 
 SIGTERM or SIGUSR1 to a rank ends the run with a checkpoint and exit code 75; `python -m launch.run` in the place of
 `deepspeed` passes them on and keeps that code (docs/clusters.md).

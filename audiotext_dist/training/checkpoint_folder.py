@@ -12,6 +12,7 @@ from audiotext_dist.errors import UserError
 
 CHECKPOINTS = "checkpoints"
 RECIPE_FILE = "recipe.yaml"
+DEEPSPEED_FILE = "deepspeed.json"
 MANIFEST = "manifest.json"
 BEST = "best"
 BEST_FILE = "best.json"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from audiotext_dist import configuration, storage
+from audiotext_dist import configuration
 from audiotext_dist.data.bad_samples import BadSampleCount
 from audiotext_dist.data.workers import in_step
 from audiotext_dist.distributed import any_over_ranks, barrier, from_main, gather_items
@@ -81,7 +81,7 @@ def _train(prepared: Prepared, stop: StopRequest) -> list[RetrievalResult]:
         progress = resume(recipe.checkpoint, engine, model, run_dir, progress, world)
     # Only now is it sure that the folder's earlier run, if any, goes on as this recipe says.
     if world.is_main:
-        storage.write_bytes(str(run_dir / checkpoint_folder.RECIPE_FILE), configuration.to_yaml(recipe).encode())
+        prepared.write_record()
     tracker = Tracker(
         recipe.tracker,
         run_dir,

@@ -4,6 +4,8 @@ starts, but for what only the content of clips tells.
 
 from __future__ import annotations
 
+import itertools
+import json
 import logging
 import tempfile
 from collections.abc import Callable, Iterator
@@ -12,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from audiotext_dist import configuration, storage
 from audiotext_dist.data.batch import Batch
 from audiotext_dist.data.features import Features
 from audiotext_dist.data.loader import TrainingBatches
@@ -111,6 +115,14 @@ class Prepared:
             num_micro_batches=self.recipe.num_micro_batches(self.world.size),
         )
 
+    def write_record(self) -> None:
+        """Leave in the run folder what it runs by: the resolved recipe, and what DeepSpeed is told, whatever becomes of
+        the file in engine.deepspeed_config.
+        """
+        run_dir, told = Path(self.recipe.run_dir), json.dumps(self.deepspeed_config(), indent=2)
+        storage.write_bytes(str(run_dir / checkpoint_folder.RECIPE_FILE), configuration.to_yaml(self.recipe).encode())
+        storage.write_bytes(str(run_dir / checkpoint_folder.DEEPSPEED_FILE), told.encode())
+
     def start(self) -> Progress:
         """Where a new run begins."""
         return Progress(
@@ -173,7 +185,7 @@ def prepare(recipe: Recipe, world: World) -> Prepared:
     prepared.plan(epoch=0)
     prepared.deepspeed_config()
     if recipe.engine.activation_checkpointing:
-        _checkpoint_activations(prepared.model)
+        _checkpoint_activations(prepared.model, world)
     if recipe.engine.compile:
         compile_towers(prepared.model)
     if world.local_rank == 0:
@@ -190,13 +202,29 @@ def _check_writable(run_dir: Path) -> None:
         raise UserError(f"run_dir={run_dir} cannot be written to ({error.strerror}): give another") from None
 
 
-def _checkpoint_activations(model: DualEncoder) -> None:
-    """Every stack of layers that knows how: open_clip's transformers and ResNets."""
-    stacks = [module for module in model.modules() if hasattr(module, "grad_checkpointing")]
-    if not stacks:
-        raise UserError("engine.activation_checkpointing=true has no effect on these towers: leave it out")
-    for stack in stacks:
-        stack.grad_checkpointing = True  # type: ignore[assignment]
+def _checkpoint_activations(model: DualEncoder, world: World) -> None:
+    """In each trained tower with stacks of layers that know how: transformers do, MobileNets and CLIP's ResNets not."""
+    towers = {modality: getattr(model, modality) for modality in ("audio", "image", "text")}
+    stacks = {
+        modality: [module for module in tower.modules() if hasattr(module, "grad_checkpointing")]
+        for modality, tower in towers.items()
+        if tower is not None and _trains_layers(tower)
+    }
+    without = " and ".join(modality for modality, found in stacks.items() if not found)
+    if not any(stacks.values()):
+        raise UserError(
+            f"engine.activation_checkpointing=true has no effect on what is trained ({without or 'no'} tower): "
+            "leave it out"
+        )
+    for stack in itertools.chain(*stacks.values()):
+        stack.grad_checkpointing = True
+    if without and world.local_rank == 0:
+        _log.warning("engine.activation_checkpointing=true has no effect on the %s tower", without)
+
+
+def _trains_layers(tower: nn.Module) -> bool:
+    """Whether more is trained of it than the projection, which a frozen tower may have too."""
+    return any(value.requires_grad and not name.startswith("projection.") for name, value in tower.named_parameters())
 
 
 def build_towers(recipe: Recipe) -> DualEncoder:

@@ -128,3 +128,22 @@ def test_a_frozen_audio_tower_says_the_same_always_and_its_projection_learns(wor
 def test_impossible_combinations_are_refused_before_anything_is_loaded(words_of, changes, message):
     with pytest.raises(UserError, match=message):
         read_recipe([*words_of("passt"), *changes])
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("mobilenet", [], None),
+        ("mobilenet", ["model.text.frozen=true"], r"activation_checkpointing=true .* what is trained \(audio tower\)"),
+        ("passt", ["model.audio.frozen=true", "model.text.frozen=true"], r"what is trained \(no tower\): leave it out"),
+    ],
+)
+def test_a_trained_tower_that_keeps_its_activations_all_the_same_is_named(words_of, kind, changes, message, caplog):
+    recipe = read_recipe([*words_of(kind), *changes, "engine.activation_checkpointing=true"])
+    if message is not None:
+        with pytest.raises(UserError, match=message):
+            prepare(recipe, World())
+        return
+    model = prepare(recipe, World()).model
+    assert "activation_checkpointing=true has no effect on the audio tower" in caplog.text
+    assert model.text.grad_checkpointing
