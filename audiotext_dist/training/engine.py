@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
+import json
 import logging
 import math
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import KeysView, Mapping
 from datetime import timedelta
 from types import MappingProxyType
 from typing import Any
@@ -199,10 +201,58 @@ class Engine:
         self._state.load(state)
 
 
+class _Asked(dict[str, Any]):
+    """Options that note each key DeepSpeed asks them for, whether it is there or not: no list of its keys exists."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        super().__init__(options)
+        self.known: set[str] = set()  # shared with its shallow copies
+
+    def __contains__(self, key: object) -> bool:
+        self.known.add(str(key))
+        return super().__contains__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:  # type: ignore[override]
+        """As of a dict."""
+        self.known.add(key)
+        return super().get(key, default)
+
+    def keys(self) -> KeysView[str]:  # type: ignore[override]
+        """A view that asks ``__contains__``."""
+        return KeysView(self)
+
+
 def _check_understood(config: dict[str, Any]) -> None:
+    asked = _Asked(config)
     try:
-        deepspeed.DeepSpeedConfig(config)
+        understood = deepspeed.DeepSpeedConfig(asked)
     # Whatever comes: pydantic's errors, assertions, TypeErrors of what is no section.
     except Exception as error:
         reason = " ".join(str(error).split()).partition(" For further information")[0]
         raise UserError(f"DeepSpeed does not understand its options ({reason}): mend engine.deepspeed_config") from None
+    unknown = sorted(config.keys() - asked.known)
+    if unknown:
+        guess = difflib.get_close_matches(unknown[0], asked.known, n=1, cutoff=0.5)
+        mend = f"did you mean '{guess[0]}'?" if guess else "take it out"
+        raise UserError(f"DeepSpeed knows no option '{unknown[0]}' of engine.deepspeed_config: {mend}")
+    _check_agreement(config, understood)
+
+
+def _check_agreement(config: dict[str, Any], understood: Any) -> None:
+    """Raise ``UserError`` where DeepSpeed means to do otherwise than the recipe says, by whatever spelling."""
+    for option, meant, said, key in (
+        ("fp16", understood.float16_config.enabled, False, "training.precision"),
+        ("bf16", understood.bfloat16_config.enabled, False, "training.precision"),
+        ("torch_autocast", understood.torch_autocast_enabled, False, "training.precision"),
+        ("stage", int(understood.zero_optimization_stage), config["zero_optimization"]["stage"], "engine.zero_stage"),
+        ("gradient_clipping", understood.gradient_clipping, config["gradient_clipping"], "optim.gradient_clipping"),
+        *(
+            (option, getattr(understood, option), config[option], "training.global_batch_size and .micro_batch_size")
+            for option in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+        ),
+    ):
+        if meant != said:
+            raise UserError(
+                f"DeepSpeed would take {option}={json.dumps(meant)} from engine.deepspeed_config, where the recipe "
+                f"({key}) says {json.dumps(said)}: mend that file"
+            )

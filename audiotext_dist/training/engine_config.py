@@ -20,7 +20,8 @@ class EngineConfig:
     deepspeed_config: a JSON file with more of DeepSpeed's own options; a key that says otherwise than the recipe is
     refused.
     compile: the towers, with torch.compile; the first steps and the first evaluation then take minutes.
-    activation_checkpointing: compute the towers' activations again in the backward, to save their memory.
+    activation_checkpointing: compute the trained towers' activations again in the backward, to save their memory;
+    transformers alone can.
     """
 
     zero_stage: int = 0
@@ -46,6 +47,7 @@ _DECIDED_BY = {
     "scheduler": "optim.warmup_epochs and optim.final_lr_share",
     "fp16": "training.precision",
     "bf16": "training.precision",
+    "bfloat16": "training.precision",
     "torch_autocast": "training.precision",
     "amp": "training.precision",
     "data_types": "training.precision",
@@ -57,6 +59,8 @@ _DECIDED_BY = {
     "zero_optimization.stage": "engine.zero_stage",
     "zero_allow_untested_optimizer": "it to true, since DeepSpeed knows none of these optimizers",
 }
+_WHOLE = "since every rank has all of the model"
+_TRACKED = "since the tracker logs the run"  # and the run's record is no place for comet's api_key
 _OFFLOADS = "checkpoints need the optimizer where it trains"  # NCCL gathers its parts over ranks from there
 # Keys under which the run would go wrong, mostly without a word: the one value that is fine, and why.
 _NEEDED: dict[str, tuple[Any, str]] = {
@@ -69,6 +73,13 @@ _NEEDED: dict[str, tuple[Any, str]] = {
     "zero_optimization.cpu_offload": (False, _OFFLOADS),
     "zero_optimization.cpu_offload_param": (False, _OFFLOADS),
     "zero_optimization.zenflow": (None, _OFFLOADS),
+    "tensor_parallel": (None, _WHOLE),
+    "expert_parallel": (None, _WHOLE),
+    "sequence_parallel_size": (1, _WHOLE),
+    "hybrid_engine": (None, "since nothing is generated here"),
+    "data_efficiency": (None, "since the recipe's plan says which samples a step takes"),
+    "wandb": (None, _TRACKED),
+    "comet": (None, _TRACKED),
 }
 
 
@@ -114,7 +125,7 @@ def _merge(own: dict[str, Any], given: dict[str, Any], prefix: str = "") -> list
     """Add what is given to ``own``, in place; returns a phrase for each key that contradicts it."""
     contradictions = []
     for key, value in given.items():
-        path, phrase = prefix + key, f"{prefix}{key}={json.dumps(value)} there"
+        path, phrase = prefix + key, f"{prefix}{key}={_shown(value)} there"
         if isinstance(own.get(key), dict) and value != "auto":
             if isinstance(value, dict):
                 contradictions += _merge(own[key], value, f"{path}.")
@@ -130,6 +141,11 @@ def _merge(own: dict[str, Any], given: dict[str, Any], prefix: str = "") -> list
         elif value != "auto" and path not in _DECIDED_BY:
             own[key] = value
     return contradictions
+
+
+def _shown(value: Any) -> str:
+    """As it stands in the file, but for comet's key, which is no word for logs."""
+    return json.dumps({**value, "api_key": "..."} if isinstance(value, dict) and "api_key" in value else value)
 
 
 def _is_off(section: Any) -> bool:

@@ -22,7 +22,7 @@ from audiotext_dist.training.prepare import prepare
 from audiotext_dist.training.recipe import read_recipe
 from tests.clips import SAMPLE_RATE_HZ
 from tests.ranks import run_on_ranks
-from tests.training.runs import SMALL, write_training_set
+from tests.training.runs import SMALL, train_with_faults, write_training_set
 
 
 def timeout_of_the_side_group(rank: int) -> float:
@@ -70,6 +70,7 @@ def test_every_key_that_contradicts_the_recipe_is_named(tmp_path: Path) -> None:
         "scheduler": {"type": "WarmupLR"},
         "fp16": {"enabled": True},
         "bf16": {"enabled": True, "immediate_grad_update": True},
+        "bfloat16": {"enabled": True},
         "wall_clock_breakdown": True,
     }
     file.write_text(json.dumps(given))
@@ -83,6 +84,7 @@ def test_every_key_that_contradicts_the_recipe_is_named(tmp_path: Path) -> None:
         'scheduler={"type": "WarmupLR"} there has no place here, set optim.warmup_epochs and optim.final_lr_share',
         'fp16={"enabled": true} there has no place here, set training.precision',
         'bf16={"enabled": true, "immediate_grad_update": true} there has no place here, set training.precision',
+        'bfloat16={"enabled": true} there has no place here, set training.precision',
     ):
         assert phrase in str(met.value)
     assert "wall_clock" not in str(met.value)
@@ -108,6 +110,12 @@ def test_every_key_that_contradicts_the_recipe_is_named(tmp_path: Path) -> None:
         ({"zero_optimization": {"compute_grad_norm": False}}, "compute_grad_norm=false there must be true"),
         ({"managed_gradient_accumulation": False}, "managed_gradient_accumulation=false there must be true"),
         ({"gradient_allreduce_op": "sum"}, 'gradient_allreduce_op="sum" there must be "mean"'),
+        ({"tensor_parallel": {"autotp_size": 2}}, 'tensor_parallel={"autotp_size": 2} there must be null, since every'),
+        ({"expert_parallel": {"enabled": True}}, "expert_parallel="),
+        ({"sequence_parallel_size": 2}, "sequence_parallel_size=2 there must be 1, since every rank"),
+        ({"hybrid_engine": {"enabled": True}}, 'hybrid_engine={"enabled": true} there must be null, since nothing'),
+        ({"data_efficiency": {"enabled": True}}, "data_efficiency="),
+        ({"comet": {"enabled": True, "api_key": "k"}}, '"api_key": "..."} there must be null, since the tr'),
         (
             {"data_types": {"grad_accum_dtype": "bf16"}},
             'data_types={"grad_accum_dtype": "bf16"} there has no place here, set training.precision',
@@ -146,6 +154,38 @@ def test_what_deepspeed_does_not_understand_is_one_line(tmp_path: Path) -> None:
         configs.append(told(file) | {"train_batch_size": 8})  # of one rank
     for said, named in zip(run_on_ranks(what_deepspeed_refuses, 1, configs)[0], ("overlap_com", "", ""), strict=True):
         assert re.fullmatch(rf"DeepSpeed does not understand its options \(.*{named}.*\): mend engine.*", said)
+
+
+def test_what_deepspeed_does_not_know_or_takes_otherwise_is_named() -> None:
+    config = deepspeed_config(EngineConfig(), global_batch_size=8, world_size=1, gradient_clipping=None)
+    known = {"wall_clock_breakdown": True, "aio": {}, "flops_profiler": {}, "tensorboard": {"enabled": False}}
+    taken = "DeepSpeed would take {}=true from engine.deepspeed_config, where the recipe (training.precision) says "
+    cases = {
+        "DeepSpeed knows no option 'graident_clipping' of engine.deepspeed_config: did you mean 'gradient_clipping'?": {
+            "graident_clipping": 1.0
+        },
+        "DeepSpeed knows no option 'note_of_mine' of engine.deepspeed_config: take it out": {"note_of_mine": "fast"},
+        f"{taken.format('bf16')}false: mend that file": {"bfloat16": {"enabled": True}},
+        f"{taken.format('fp16')}false: mend that file": {"fp16": {"enabled": True}},
+        f"{taken.format('torch_autocast')}false: mend that file": {
+            "torch_autocast": {"enabled": True, "dtype": "bf16"}
+        },
+    }
+    configs = [config | known | extra for extra in cases.values()]
+    assert run_on_ranks(what_deepspeed_refuses, 1, configs)[0] == list(cases)
+
+
+def test_a_run_keeps_what_deepspeed_was_told(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    off = {"comet": {"enabled": False, "api_key": "a-secret"}}
+    file.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": 1000}, **off}))
+    words = [f"data.train.own.shards={write_training_set(tmp_path / 'train')}", f"run_dir={tmp_path / 'run'}"]
+    run_on_ranks(train_with_faults, 1, [*words, f"engine.deepspeed_config={file}", "training.max_steps=1"])
+    file.unlink()
+    kept = json.loads((tmp_path / "run" / "deepspeed.json").read_text())
+    assert kept["zero_optimization"] == {"stage": 0, "reduce_bucket_size": 1000}
+    assert (kept["train_batch_size"], kept["gradient_clipping"]) == (12, 1)
+    assert "comet" not in kept
 
 
 def test_stage_3_is_refused_with_a_reason() -> None:
