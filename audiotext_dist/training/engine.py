@@ -212,7 +212,7 @@ class _Asked(dict[str, Any]):
         self.known.add(str(key))
         return super().__contains__(key)
 
-    def get(self, key: str, default: Any = None) -> Any:  # type: ignore[override]
+    def get(self, key: str, default: Any = None) -> Any:
         """As of a dict."""
         self.known.add(key)
         return super().get(key, default)
