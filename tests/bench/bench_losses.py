@@ -1,6 +1,6 @@
 """What the loss costs: CPU time and memory against other ways to the same value, its share of a step, 1 M pairs.
 
-    python -m tests.bench.bench_losses [square | ranks | step | million]
+    python -m tests.bench.bench_losses [square | kinds | ranks | step | million]
 
 Every measurement is a fresh process, or a fresh process a rank, with one thread each. Memory is the highest resident
 size of a rank while loss and gradients are made, less what it held before, its own embeddings among it. Methods that
@@ -25,7 +25,7 @@ from audiotext_dist.distributed import World
 from audiotext_dist.losses import figures, softmax
 from audiotext_dist.losses.block import Block
 from audiotext_dist.losses.config import LossConfig
-from audiotext_dist.losses.contrastive import contrastive_loss
+from audiotext_dist.losses.contrastive import Teachers, contrastive_loss
 from audiotext_dist.losses.gather import RowLayout
 from audiotext_dist.losses.targets import make_targets
 from audiotext_dist.models.audio import AudioTowerConfig
@@ -71,7 +71,37 @@ def chunks(a: torch.Tensor, t: torch.Tensor, scale: torch.Tensor) -> torch.Tenso
     return total / (2 * len(a))
 
 
-METHODS: dict[str, Loss] = {"ours": ours, "naive": naive, "open_clip": clip_loss, "chunks": chunks}
+def of_kind(config: LossConfig) -> Loss:
+    """As a training step asks for it: the recordings are told, of two clips each. The teacher is the model itself."""
+
+    def loss(a: torch.Tensor, t: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        bias = torch.full((1,), -10.0, requires_grad=True) if config.name == "sigmoid" else None
+        teachers = Teachers(a.detach(), t.detach()) if config.teacher_weight else None
+        recording_n = torch.arange(len(a)) // 2
+        return contrastive_loss(a, t, scale, config, bias=bias, recording_n=recording_n, teachers=teachers).loss
+
+    return loss
+
+
+def siglip_loss(a: torch.Tensor, t: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    loss: torch.Tensor = open_clip.loss.SigLipLoss()(a, t, scale, torch.full((1,), -10.0, requires_grad=True))
+    return loss
+
+
+KINDS = {
+    "own pairs": of_kind(LossConfig()),
+    "recordings": of_kind(LossConfig(pair_weight=0, recording_weight=1)),
+    "teachers": of_kind(LossConfig(pair_weight=0, teacher_weight=1)),
+    "sigmoid": of_kind(LossConfig(name="sigmoid")),
+}
+METHODS: dict[str, Loss] = {
+    "ours": ours,
+    **KINDS,
+    "naive": naive,
+    "open_clip": clip_loss,
+    "open_clip sigmoid": siglip_loss,
+    "chunks": chunks,
+}
 
 
 def unit_rows(num_rows: int, seed: int, dim: int = DIM) -> torch.Tensor:
@@ -114,10 +144,11 @@ def one_loss(rank: int, method: str, num_rows: int) -> tuple[float, int]:
 
 
 def expected_bytes(method: str, num_own: int, num_all: int) -> float:
-    """Formulas of the methods in fp32. Ours: 12 c N, within tile_bytes, and 12 N D."""
+    """Formulas of the methods in fp32. Ours: 12 c N, within tile_bytes, and 12 N D; teachers have a side to scale."""
+    if method == "ours" or method in KINDS:
+        scaled_bytes = 4 * DIM * num_own * (method == "teachers")
+        return min(CONFIG.tile_bytes, 12 * num_own * num_all) + 12 * DIM * num_all + scaled_bytes
     match method:
-        case "ours":
-            return min(CONFIG.tile_bytes, 12 * num_own * num_all) + 12 * DIM * num_all
         case "chunks":
             return 12 * CHUNK_ROWS * num_all + 12 * DIM * num_all
         case "open_clip":
@@ -206,10 +237,12 @@ def step_share(rank: int, world_size: int, num_own: int) -> dict[str, float]:
 
 
 def main() -> None:
-    chosen = sys.argv[1:] or ["square", "ranks", "step", "million"]
+    chosen = sys.argv[1:] or ["square", "kinds", "ranks", "step", "million"]
     if "square" in chosen:
         compare(1, [4096, 8192, 16384, 32768], ["ours", "naive", "open_clip", "chunks"])
         share_of(num_own=65536, num_all=65536, measured_rows=8192, tile_bytes=CONFIG.tile_bytes)
+    if "kinds" in chosen:
+        compare(1, [16384], ["ours", *KINDS, "open_clip", "open_clip sigmoid"])
     if "ranks" in chosen:
         compare(2, [4096, 8192, 16384], ["ours", "open_clip"])
     if "step" in chosen:

@@ -1,5 +1,6 @@
 """A step in micro-batches is the plain step: the same negatives, the same update."""
 
+import dataclasses
 import os
 
 import pytest
@@ -10,13 +11,14 @@ from audiotext_dist.distributed import World
 from audiotext_dist.losses.config import LossConfig
 from audiotext_dist.losses.contrastive import contrastive_loss
 from audiotext_dist.losses.targets import recording_ids
-from audiotext_dist.models.dual_encoder import ModelInputs
+from audiotext_dist.models.dual_encoder import ModelInputs, build_model
 from audiotext_dist.training.engine import Engine, start_process_group
 from audiotext_dist.training.engine_config import EngineConfig, deepspeed_config
 from audiotext_dist.training.step import seed_step, update
 from tests.losses.cases import NUM_ROWS, RECORDINGS, rows
 from tests.losses.naive import naive_loss
 from tests.losses.small_model import AveragingEngine, SmallModel, gradients, watch
+from tests.models.test_dual_encoder import TINY, make_inputs
 from tests.ranks import run_on_ranks
 
 CONFIG = LossConfig(recording_weight=1.0, recording_form="mean_a_row", tile_bytes=2000)
@@ -116,6 +118,27 @@ def test_dropout_is_the_same_in_both_passes():
     for own, other in zip(gradients(model), gradients(reference), strict=True):
         torch.testing.assert_close(own, other, rtol=0, atol=1e-10)
     assert torch.equal(after, torch.rand(1)), "the next step draws other numbers than this one"
+
+
+def test_specaugment_hides_the_same_in_both_passes():
+    found = []
+    for num_micro_batches, uniforms in ((1, True), (3, True), (1, False)):
+        torch.manual_seed(0)
+        model = build_model(TINY, "audio-text", 16000)
+        inputs = dataclasses.replace(make_inputs(6), frames_NHWC=None)
+        if not uniforms:
+            inputs = dataclasses.replace(inputs, mask_uniforms_N4=None)
+        update(
+            AveragingEngine(model, num_micro_batches),
+            model,
+            inputs,
+            lambda a, b, scale, bias: contrastive_loss(a, b, scale),
+            watch(),
+        )
+        found.append(torch.cat([gradient.flatten() for gradient in gradients(model) if gradient is not None]))
+    whole, by_parts, unhidden = found
+    assert (by_parts - whole).norm() < 1e-4 * whole.norm()
+    assert (unhidden - whole).norm() > 1e-2 * whole.norm()
 
 
 def test_random_numbers_are_those_of_seed_step_and_rank():
