@@ -302,7 +302,9 @@ def test_training_does_not_wait_while_a_store_takes_its_time(tmp_path: Path, mon
         if request.method == "PUT" and "/step-" in request.path:
             put.add(request.path.split("/")[3])
             began.set()
-            may_go_on.wait(30)  # only so that a save that waits for it fails, in the place of hanging
+            # Not for ever: a save that waits for it is to fail, not to hang.
+            may_go_on.wait(30)
+            may_go_on.set()
 
     put: set[str] = set()
     with server() as endpoint, proxy(endpoint, hold) as address:
