@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 # What a run that was asked to stop may give the last copy.
-_COPY_SECONDS = 20
+_COPY_SECONDS = 10
 _TURN_SECONDS = 1.0
 
 

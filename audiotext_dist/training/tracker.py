@@ -28,8 +28,9 @@ METRICS_FILE = "metrics.jsonl"
 FINISH_SECONDS = 120.0
 # And so long after it was told something its service counts as hanging.
 ANSWER_SECONDS = FINISH_SECONDS + 60
-# A rank that fails has less time: its launcher kills what is left 30 s after the first rank that ended.
-FAILED_SECONDS = 20.0
+# Less where a run leaves early: its launcher kills what is left 30 s after the first rank that failed, and a cluster
+# that takes its nodes back may wait no longer.
+LEAVING_SECONDS = 10.0
 _log = logging.getLogger(__name__)
 
 
@@ -75,7 +76,7 @@ class Tracker:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # A run that leaves by SystemExit was asked to stop.
-        self.close(failed=kind is not None and not issubclass(kind, SystemExit))
+        self.close(failed=kind is not None and not issubclass(kind, SystemExit), in_a_hurry=kind is not None)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one line: ``{"trainer/step": step, name: value, ...}``."""
@@ -127,7 +128,7 @@ class Tracker:
             self._file.truncate(num_bytes)
             _log.warning("a line of metrics is lost (%s)", error.strerror)
 
-    def close(self, *, failed: bool = False) -> None:
+    def close(self, *, failed: bool = False, in_a_hurry: bool = False) -> None:
         """Finish the files; names the commands that upload what was logged offline, parts that were killed included.
 
         failed: W&B shows the run so.
@@ -140,7 +141,8 @@ class Tracker:
         # Said first, as a failing rank may be killed while W&B finishes.
         if commands:
             _log.info("W&B was offline; upload with: %s", "; ".join(commands))
-        self._tell_wandb(lambda run: run.finish(exit_code=int(failed)), FAILED_SECONDS if failed else ANSWER_SECONDS)
+        answer_seconds = LEAVING_SECONDS if in_a_hurry else ANSWER_SECONDS
+        self._tell_wandb(lambda run: run.finish(exit_code=int(failed)), answer_seconds)
 
     def _folders_to_upload(self) -> list[Path]:
         """Of each part of this run that was logged offline and is not uploaded yet, the oldest first."""

@@ -148,7 +148,7 @@ class Runner:
         stated = resolve(command, {**names, "launch": "LAUNCH"}, where)
         mark, log = folder / f"{name}.json", folder / f"{name}.log"
         before = _read_mark(mark)
-        if before and shlex.split(before["command"]) != shlex.split(stated):
+        if before and shlex.split(str(before["command"])) != shlex.split(stated):
             raise UserError(f"{where} was made by another command: remove {folder}, or give another out=")
         if before and before["ended"]:
             return

@@ -83,10 +83,12 @@ for step in (2, 3):
     tracker.log(step, {"train/loss": 1.0})
     print("step", step)
 assert tracker.wandb_id == first_id is not None
-setattr(module, "FAILED_SECONDS" if end == "failing" else "ANSWER_SECONDS", 1.0)
+module.ANSWER_SECONDS, module.LEAVING_SECONDS = (1.0, 1e4) if end == "well" else (1e4, 1.0)
 with tracker:
     if end == "failing":
         raise RuntimeError("what went wrong")
+    if end == "stopped":
+        sys.exit(75)
 """
 
 
@@ -104,12 +106,15 @@ def run_in(folder: Path, script: str, *words: str) -> subprocess.CompletedProces
     )
 
 
-@pytest.mark.parametrize(("how", "end"), [("killed", "well"), ("hanging", "well"), ("hanging", "failing")])
+@pytest.mark.parametrize(
+    ("how", "end"), [("killed", "well"), ("hanging", "well"), ("hanging", "failing"), ("hanging", "stopped")]
+)
 def test_a_run_outlives_the_service_of_wandb(tmp_path, how, end):
     done = run_in(tmp_path, OUTLIVING, how, end)
     # An error of the run is still the one that a person sees, once.
     failed = end == "failing"
-    assert (done.returncode, done.stderr.count("Traceback")) == (int(failed), int(failed)), done.stderr
+    assert done.returncode == {"well": 0, "failing": 1, "stopped": 75}[end], done.stderr
+    assert done.stderr.count("Traceback") == int(failed), done.stderr
     assert done.stderr.endswith("\nRuntimeError: what went wrong\n") == failed
     assert steps_of(tmp_path) == [1, 2, 3]
     assert done.stderr.count("W&B has stopped") == 1
