@@ -71,7 +71,7 @@ def _train(prepared: Prepared, stop: StopRequest) -> list[RetrievalResult]:
     engine = Engine(
         model,
         build_optimizer(model, recipe.optim, global_batch_size=recipe.training.global_batch_size),
-        prepared.deepspeed_config(),
+        prepared.deepspeed_config,
         LossScale() if recipe.training.precision == "fp16" else None,
         None if recipe.training.ema_decay is None else Ema(model, recipe.training.ema_decay),
         {model.logit_scale: model.max_log_scale},

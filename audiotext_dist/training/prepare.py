@@ -4,6 +4,7 @@ starts, but for what only the content of clips tells.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import logging
@@ -105,8 +106,9 @@ class Prepared:
             for name, shards in self.validation_sets.items()
         ]
 
+    @functools.cached_property
     def deepspeed_config(self) -> dict[str, Any]:
-        """What DeepSpeed is told."""
+        """What DeepSpeed is told; the user's own file is read once."""
         return deepspeed_config(
             self.recipe.engine,
             global_batch_size=self.recipe.training.global_batch_size,
@@ -119,7 +121,7 @@ class Prepared:
         """Leave in the run folder what it runs by: the resolved recipe, and what DeepSpeed is told, whatever becomes of
         the file in engine.deepspeed_config.
         """
-        run_dir, told = Path(self.recipe.run_dir), json.dumps(self.deepspeed_config(), indent=2)
+        run_dir, told = Path(self.recipe.run_dir), json.dumps(self.deepspeed_config, indent=2)
         storage.write_bytes(str(run_dir / checkpoint_folder.RECIPE_FILE), configuration.to_yaml(self.recipe).encode())
         storage.write_bytes(str(run_dir / checkpoint_folder.DEEPSPEED_FILE), told.encode())
 
@@ -183,7 +185,7 @@ def prepare(recipe: Recipe, world: World) -> Prepared:
         },
     )
     prepared.plan(epoch=0)
-    prepared.deepspeed_config()
+    _ = prepared.deepspeed_config
     if recipe.engine.activation_checkpointing:
         _checkpoint_activations(prepared.model, world)
     if recipe.engine.compile:
