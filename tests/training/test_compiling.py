@@ -61,6 +61,8 @@ def test_other_sizes_of_batch_stop_compiling() -> None:
 
 
 def test_a_run_compiles_where_it_is_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.compiler.reset()  # what other tests compiled
+    monkeypatch.setenv("CXX", "sh")  # the eager backend needs none
     monkeypatch.setattr("audiotext_dist.training.prepare.compile_towers", partial(compile_towers, backend="eager"))
     words = [*SMALL, f"data.train.own.shards={write_training_set(tmp_path / 'train')}", f"run_dir={tmp_path / 'run'}"]
     graphs = []
