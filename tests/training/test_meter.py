@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from audiotext_dist.distributed import World
 from audiotext_dist.training import meter as meter_module
 from audiotext_dist.training.meter import Meter
 from audiotext_dist.training.step_log import progress_line
+from tests.ranks import run_on_ranks
 
 
 def batch_with(counts: ReadCounts) -> Batch:
@@ -67,6 +70,45 @@ def test_the_peak_of_a_step_is_not_that_of_what_happens_between_steps(monkeypatc
         with meter.stopped():
             peak["bytes"] = 7000.0  # of an evaluation
     assert read == [500, 300]
+
+
+class Clock:
+    """In the place of the system's."""
+
+    def __init__(self) -> None:
+        self.seconds = 100.0
+
+    def perf_counter(self) -> float:
+        return self.seconds
+
+
+def read_with_a_clock(rank: int) -> list[dict[str, float]]:
+    """Two lines of a rank that waits 1 s (rank 0) or 3 s for each batch, of which one is done every 4 s."""
+    clock, waiting_seconds = Clock(), 1.0 + 2.0 * rank
+
+    def batches() -> Iterator[Batch]:
+        while True:
+            clock.seconds += waiting_seconds
+            yield batch_with(ReadCounts())
+
+    lines = []
+    with mock.patch.object(meter_module, "time", clock):
+        meter = Meter(World(rank=rank, size=2), global_batch_size=6)
+        for step, _ in zip(range(1, 5), meter.waiting_for(batches()), strict=False):
+            clock.seconds += 4.0 - waiting_seconds
+            if step % 2 == 0:
+                lines.append(meter.read())
+                with meter.stopped():
+                    clock.seconds += 50.0  # a checkpoint
+    return lines
+
+
+def test_waiting_is_shared_out_by_rank_and_speed_is_that_of_all() -> None:
+    for lines in run_on_ranks(read_with_a_clock, 2):
+        for line in lines:
+            assert line["data/waiting_share_min"] == pytest.approx(1 / 4)
+            assert line["data/waiting_share_max"] == pytest.approx(3 / 4)
+            assert line["data/clips_per_second"] == pytest.approx(6 / 4)
 
 
 def test_the_progress_line_tells_what_the_data_cost_and_lacked() -> None:
