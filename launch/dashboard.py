@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from audiotext_dist.errors import UserError, run_for_people
+from audiotext_dist.evaluation.retrieval import direction_names
 from audiotext_dist.training.recipe import Recipe, read_run_recipe
 
 HELP = """Make a W&B workspace that shows runs like this one, in sections: loss, retrieval, optimisation, data, system.
@@ -17,7 +19,7 @@ HELP = """Make a W&B workspace that shows runs like this one, in sections: loss,
     python launch/dashboard.py run=runs/NAME entity=WHO [project=PROJECT]
 
 Needs `pip install wandb-workspaces` and `wandb login`; prints the workspace's address. What it shows stands in
-launch/dashboard.yaml. The sets and directions are those of the run; default project: the run's own.
+launch/dashboard.yaml. The sets, directions and rates are those of the run; default project: the run's own.
 """
 DEFINITION = Path(__file__).with_name("dashboard.yaml")
 _OWN_WORDS = ("run", "entity", "project")
@@ -70,25 +72,28 @@ def workspace(recipe: Recipe, entity: str, project: str) -> Any:
 
 
 def described(recipe: Recipe) -> dict[str, list[dict[str, Any]]]:
-    """Section -> panels of the definition, with the run's own sets, directions and frames in their places."""
-    first, second = recipe.task.split("-")
-    names = {
-        "set": list(recipe.data.validation),
-        "direction": [f"{first}->{second}", f"{second}->{first}"],
-        "frame": [str(number) for number in range(recipe.data.num_frames)],
-    }
+    """Section -> panels of the definition, with the run's own sets, directions, rates and frames in their places."""
+    directions = {name: direction_names(recipe.task, own.relevance) for name, own in recipe.data.validation.items()}
+    # As build_optimizer names the groups with a factor.
+    scales = ["", *(f"_x{scale:g}" for scale in sorted(set(recipe.optim.lr_scales.values()) - {1.0}))]
+    frames = [str(number) for number in range(recipe.data.num_frames)]
     sections: dict[str, list[dict[str, Any]]] = yaml.safe_load(DEFINITION.read_text(encoding="utf-8"))
-    return {name: [filled for panel in panels for filled in _filled(panel, names)] for name, panels in sections.items()}
+    return {
+        name: [filled for panel in panels for filled in _filled(panel, directions, scales, frames)]
+        for name, panels in sections.items()
+    }
 
 
-def _filled(panel: dict[str, Any], names: dict[str, list[str]]) -> list[dict[str, Any]]:
-    """A panel a set, where it names one; its lines for every direction and frame."""
+def _filled(
+    panel: dict[str, Any], directions: Mapping[str, Sequence[str]], scales: Sequence[str], frames: Sequence[str]
+) -> list[dict[str, Any]]:
+    """A panel a set, where it names one; its lines for every direction of that set, factor and frame."""
     found = []
-    for name in names["set"] if "{set}" in str(panel) else [""]:
-        texts = {key: value.replace("{set}", name) for key, value in panel.items() if isinstance(value, str)}
+    for name, own in directions.items() if "{set}" in str(panel) else [("", [""])]:
+        texts = {key: value.format(set=name) for key, value in panel.items() if isinstance(value, str)}
         lines = [
-            line.replace("{set}", name).replace("{direction}", direction).replace("{frame}", frame)
-            for line, direction, frame in itertools.product(panel.get("y", []), names["direction"], names["frame"])
+            line.format(set=name, direction=direction, scale=scale, frame=frame)
+            for line, direction, scale, frame in itertools.product(panel.get("y", []), own, scales, frames)
         ]
         found.append({**panel, **texts, "y": list(dict.fromkeys(lines))})
     return found

@@ -8,7 +8,11 @@ from audiotext_dist.errors import UserError
 from audiotext_dist.training.recipe import read_recipe
 from launch import dashboard
 
-WORDS = ["name=test", "data.train.own.shards=/x", "data.validation={one: {shards: /x}, two: {shards: /y}}"]
+WORDS = [
+    "name=test",
+    "data.train.own.shards=/x",
+    "data.validation={one: {shards: /x}, two: {shards: /y, relevance: labels}}",
+]
 
 
 def test_every_panel_of_the_definition_is_one_to_wandb():
@@ -34,6 +38,9 @@ def test_sets_and_directions_are_those_of_the_run():
     panels = dashboard.described(read_recipe([*WORDS, "task=audio-image"]))["retrieval"]
     assert [panel["title"] for panel in panels if "R@10" in panel["title"]] == ["one: R@10", "two: R@10"]
     assert panels[0]["y"] == ["validation/one/audio->image/R@1", "validation/one/image->audio/R@1"]
+    own = ["validation/two/audio->image/R@1", "validation/two/image->audio/R@1"]
+    labels = ["validation/two/audio->image (labels)/R@1", "validation/two/image->audio (labels)/R@1"]
+    assert panels[1]["y"] == [*own, *labels]
     assert {panel.get("table") for panel in panels} == {None, "examples/one/queries", "examples/two/queries"}
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,8 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from audiotext_dist.data.shard import load_shards
+from audiotext_dist.training.recipe import read_run_recipe
 from audiotext_dist.training.tracker import read_metrics
 from audiotext_dist.training.weights import read_weights
+from launch.dashboard import described
 from tests.clips import SAMPLE_RATE_HZ, make_sample, write_shards
 from tests.commands import run_commands
 from tests.ranks import run_command_on_ranks
@@ -76,7 +79,8 @@ def learned(found: dict[int, float]) -> bool:
 
 @pytest.fixture(scope="module")
 def two_processes(folder):
-    return pretrain(folder, "two", "tracker.wandb=offline", "evaluation.num_examples=4")
+    words = ["tracker.wandb=offline", "evaluation.num_examples=4", "data.validation.own.relevance=labels"]
+    return pretrain(folder, "two", *words)
 
 
 def test_an_offline_run_shows_what_the_metrics_file_says_and_the_examples(two_processes):
@@ -102,6 +106,26 @@ def test_an_offline_run_shows_what_the_metrics_file_says_and_the_examples(two_pr
     assert (kinds.count("audio-file"), kinds.count("image-file")) == (4, 4)
     queries = json.loads((two_processes / "examples" / "own" / "queries.json").read_text())
     assert [row[table["columns"].index("query")] for row in table["data"]] == [each["query"] for each in queries]
+
+
+# Shown for other losses, fp16 or a GPU; and logged, but not shown.
+ELSEWHERE = re.compile("train/(recording_loss|teacher_.*|frame_._share)|optim/loss_scale|memory/device_.*")
+NOT_SHOWN = re.compile("trainer/step|train/epoch|validation/.*/R@5")
+
+
+def workspace_against_log(run: Path) -> tuple[set[str], set[str]]:
+    """Lines of the run's workspace that it does not log, and what it logs that the workspace has not."""
+    shown = {line for panels in described(read_run_recipe(run)).values() for panel in panels for line in panel["y"]}
+    logged = set().union(*read_metrics(run))
+    return (
+        {name for name in shown - logged if not ELSEWHERE.fullmatch(name)},
+        {name for name in logged - shown if not NOT_SHOWN.fullmatch(name)},
+    )
+
+
+def test_the_workspace_shows_what_a_run_logs(two_processes):
+    of_lars = {"optim/trust_ratio_min", "optim/trust_ratio_median", "optim/trust_ratio_max"}
+    assert workspace_against_log(two_processes) == (of_lars, set())
 
 
 def test_two_processes_and_one_in_micro_batches_have_the_same_losses(folder, two_processes):
@@ -189,7 +213,8 @@ def test_bf16_learns_in_another_precision(folder, two_processes):
 
 def test_audio_image_with_lars_leaves_the_image_tower_alone(folder):
     words = ["task=audio-image", "optim.name=lars", "optim.weight_lr=4.0", "optim.bias_lr=0.1"]
-    run = pretrain(folder, "image", *words)
+    run = pretrain(folder, "image", *words, "optim.lr_scales={audio.transformer.transformer: 0.5}")
+    assert workspace_against_log(run) == (set(), set())
     first, last = (load_file(run / "checkpoints" / f"step-000000{step}" / "model.safetensors") for step in (10, 20))
     for name in first:
         assert torch.equal(first[name], last[name]) == name.startswith("image."), name
