@@ -63,11 +63,11 @@ class LossConfig:
             self._check_sigmoid()
 
     def _check_left_out(self) -> None:
-        """Settings of a term that is left out."""
+        """Refuse settings of a term that is left out."""
         for weight, key in (("recording_weight", "recording_form"), ("teacher_weight", "teacher_temperature")):
             value = getattr(self, key)
             if value != getattr(LossConfig, key) and not getattr(self, weight):
-                raise UserError(f"loss.{key}={value} says nothing with loss.{weight}=0: raise that, or leave it out")
+                raise UserError(f"loss.{key}={value} says nothing with loss.{weight}=0: raise that, or drop {key}")
 
     def takes_all_frames(self, epoch: int) -> bool:
         """Whether the loss of this epoch, counted from 0, sees every frame of a clip."""

@@ -65,7 +65,7 @@ def wait(ranks: list[int], until: Callable[[], bool]) -> None:
 
 
 def half_written(run_dir: Path) -> set[str]:
-    """The checkpoints that have no name yet."""
+    """The checkpoints that have no name yet. One that is half written twice in a row counts once."""
     return {path.name for path in run_dir.glob("checkpoints/.step-*.partial")}
 
 

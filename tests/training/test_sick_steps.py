@@ -144,7 +144,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_of_sick_steps_all_the_same(t
     with pytest.raises(UserError, match="3 steps in a row were skipped"):
         feed(resumed, NAN)
     resumed.health = health.health
-    feed(resumed, 1.0, NAN, NAN)
+    feed(resumed, 1.0, NAN, NAN)  # no row of three
 
 
 def test_spikes_that_are_skipped_are_no_measure_and_end_a_run_that_stays_up(tmp_path: Path) -> None:
