@@ -101,9 +101,10 @@ class Targets:
         if not term.same_recording:
             self.own_pairs(g_cN, tile).sub_(share_c, alpha=term.weight)
             return torch.dot(share_c, self.own_pairs(s_cN, tile))
-        same_cN = self.same_recording(tile)
-        scores_c = torch.mul(s_cN, same_cN, out=free_cN).sum(dim=1)
-        g_cN -= torch.mul(same_cN, term.weight * share_c[:, None], out=free_cN)
+        # Filled, since a CPU makes floats of a mask that it multiplies.
+        different_cN = self.recording_N[self.layout.own][tile, None] != self.recording_N
+        scores_c = free_cN.copy_(s_cN).masked_fill_(different_cN, 0.0).sum(dim=1)
+        g_cN -= free_cN.copy_(term.weight * share_c[:, None]).masked_fill_(different_cN, 0.0)
         return torch.dot(share_c, scores_c)
 
 
