@@ -19,9 +19,9 @@ from typing import Any
 
 import psutil
 
-from audiotext_dist.training.preemption import EXIT_PREEMPTED, SECONDS_AFTER_LAUNCHER, WRAPPER_VARIABLE
+from audiotext_dist.training.preemption import EXIT_PREEMPTED, SECONDS_AFTER_LAUNCHER, WRAPPER_VARIABLE, this_process
 
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 def main(words: list[str]) -> int:
@@ -29,18 +29,24 @@ def main(words: list[str]) -> int:
     asked = threading.Event()
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, lambda *_: asked.set())
+    # Ranks whose launcher was killed become this process's children, so that it hears what they ended with.
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
     run = subprocess.Popen(
         [sys.executable, "-m", "deepspeed.launcher.runner", *words],
-        env={**os.environ, WRAPPER_VARIABLE: str(os.getpid())},
+        env={**os.environ, WRAPPER_VARIABLE: this_process()},
         # A group of its own, so that a signal to this one's group comes once, through here.
         start_new_session=True,
         preexec_fn=_in_launcher,
     )
-    code, outlived = _wait(run, asked)
-    # DeepSpeed's command takes a launcher that was killed for one that ended well. The ranks notice, and leave.
-    if code == 0 and outlived:
+    code, ranks = _wait(run, asked)
+    # DeepSpeed's command takes a launcher that was killed for one that ended well. The ranks notice, and leave, some
+    # before this line.
+    if code == 0:
+        gone, outlived = psutil.wait_procs(ranks, timeout=0)
         _see_out(outlived)
-        code = EXIT_PREEMPTED
+        # Of a launcher that lived to their end there are no codes to be had.
+        if outlived or any(rank.returncode is not None for rank in gone) or EXIT_PREEMPTED in _orphans_codes():
+            code = EXIT_PREEMPTED
     with contextlib.suppress(ProcessLookupError):
         os.killpg(run.pid, signal.SIGKILL)
     return code if code >= 0 else 128 - code
@@ -54,7 +60,7 @@ def _in_launcher() -> None:
 
 
 def _wait(run: subprocess.Popen[Any], asked: threading.Event) -> tuple[int, list[psutil.Process]]:
-    """Its exit code, and the ranks that live on."""
+    """Its exit code, and the ranks that it had."""
     ranks: list[psutil.Process] = []
     while True:
         ranks = _ranks(run.pid) or ranks
@@ -62,8 +68,16 @@ def _wait(run: subprocess.Popen[Any], asked: threading.Event) -> tuple[int, list
         if asked.is_set():
             _ask_to_stop(ranks)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            code = run.wait(timeout=1)
-            return code, psutil.wait_procs(ranks, timeout=0)[1]
+            return run.wait(timeout=1), ranks
+
+
+def _orphans_codes() -> set[int]:
+    """What those ended with whose parent has gone."""
+    codes: set[int] = set()
+    with contextlib.suppress(ChildProcessError):
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            codes.add(os.waitstatus_to_exitcode(ended[1]))
+    return codes
 
 
 def _see_out(ranks: list[psutil.Process]) -> None:

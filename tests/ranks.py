@@ -22,7 +22,7 @@ from audiotext_dist.errors import run_for_people
 
 # One process imports what most ranks need, some eight seconds of CPU; each rank is forked from it.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["launch.pretrain"])
+PROCESSES.set_forkserver_preload(["audiotext_dist.training.recipe", "launch.pretrain"])
 _LIMIT_SECONDS = 600
 _COLLECTIVE_SECONDS = 300
 

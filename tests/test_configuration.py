@@ -63,14 +63,6 @@ def test_no_url_of_a_recipe_holds_a_secret(key: str, url: str) -> None:
         ([*ENOUGH, "loss.pair_weight=0"], r"the loss has no term: set loss.pair_weight"),
         ([*ENOUGH, "loss.recording_weight=-1"], r"loss.recording_weight=-1.0 must be 0 or more"),
         (
-            [*ENOUGH, "loss.recording_form=left_out"],
-            r"loss.recording_form=left_out says nothing with loss.recording_weight=0: raise that",
-        ),
-        (
-            [*ENOUGH, "loss.teacher_temperature=0.1"],
-            r"loss.teacher_temperature=0.1 says nothing with loss.teacher_weight=0: raise that",
-        ),
-        (
             [*ENOUGH, "training.skip_spikes=true", "training.spike_ratio=null"],
             r"training.skip_spikes=true says nothing with training.spike_ratio=null",
         ),

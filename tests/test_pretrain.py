@@ -21,7 +21,7 @@ from launch.dashboard import described
 from tests.clips import SAMPLE_RATE_HZ, make_sample, write_shards
 from tests.commands import run_commands
 from tests.ranks import run_command_on_ranks
-from tests.wandb_file import exit_code, history
+from tests.wandb_file import history
 
 REPOSITORY = Path(__file__).parents[1]
 NUM_STEPS = 20
@@ -200,7 +200,6 @@ def test_a_run_that_diverges_stops_and_leaves_no_broken_checkpoint(folder):
         assert all(tensor.isfinite().all() for tensor in load_file(saved / "model.safetensors").values())
     (offline,) = run.glob("wandb/offline-run-*")
     assert f"wandb sync {offline}\n" in done.stderr
-    assert exit_code(run) == 1
 
 
 def test_bf16_learns_in_another_precision(folder, two_processes):

@@ -57,6 +57,17 @@ while not asked:
 """
 
 
+# Leaves as soon as its launcher is gone, before anybody looks.
+LEAVING = """
+import os, select
+launcher = os.pidfd_open(os.getppid())
+print("ready", flush=True)
+print(os.getppid(), flush=True)
+select.select([launcher], [], [])
+os._exit(75)
+"""
+
+
 def start(tmp_path: Path, rank: str) -> subprocess.Popen[str]:
     """The command, whose one rank is ready."""
     package = tmp_path / "deepspeed" / "launcher"
@@ -100,3 +111,10 @@ def test_ranks_whose_launcher_was_killed_write_their_checkpoint_first(tmp_path: 
 
 def test_ranks_that_do_not_look_for_their_launcher_yet_are_told(tmp_path: Path) -> None:
     assert code_without_a_launcher(tmp_path, STARTING) == 75
+
+
+def test_ranks_that_left_at_once_count_as_well(tmp_path: Path) -> None:
+    run = start(tmp_path, LEAVING)
+    assert run.stdout is not None
+    os.kill(int(run.stdout.readline()), signal.SIGKILL)
+    assert run.wait() == 75

@@ -51,7 +51,6 @@ class LossConfig:
                 raise UserError(f"loss.{key}={value} must be 0 or more")
         if not any(getattr(self, key) for key in weights):
             raise UserError("the loss has no term: set loss.pair_weight, loss.recording_weight or loss.teacher_weight")
-        self._check_left_out()
         if self.frame_match_from_epoch < 0:
             raise UserError(f"loss.frame_match_from_epoch={self.frame_match_from_epoch} must not be negative")
         if self.frame_match_from_epoch and self.frame_match in ("one", "multiframe"):
@@ -61,13 +60,6 @@ class LossConfig:
             )
         if self.name == "sigmoid":
             self._check_sigmoid()
-
-    def _check_left_out(self) -> None:
-        """Refuse settings of a term that is left out."""
-        for weight, key in (("recording_weight", "recording_form"), ("teacher_weight", "teacher_temperature")):
-            value = getattr(self, key)
-            if value != getattr(LossConfig, key) and not getattr(self, weight):
-                raise UserError(f"loss.{key}={value} says nothing with loss.{weight}=0: raise that, or drop {key}")
 
     def takes_all_frames(self, epoch: int) -> bool:
         """Whether the loss of this epoch, counted from 0, sees every frame of a clip."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import json
 import logging
 import math
 import os
@@ -235,24 +234,18 @@ def _check_understood(config: dict[str, Any]) -> None:
         guess = difflib.get_close_matches(unknown[0], asked.known, n=1, cutoff=0.5)
         mend = f"did you mean '{guess[0]}'?" if guess else "take it out"
         raise UserError(f"DeepSpeed knows no option '{unknown[0]}' of engine.deepspeed_config: {mend}")
-    _check_agreement(config, understood)
+    _check_agreement(understood)
 
 
-def _check_agreement(config: dict[str, Any], understood: Any) -> None:
-    """Raise ``UserError`` where DeepSpeed means to do otherwise than the recipe says, by whatever spelling."""
-    for option, meant, said, key in (
-        ("fp16", understood.float16_config.enabled, False, "training.precision"),
-        ("bf16", understood.bfloat16_config.enabled, False, "training.precision"),
-        ("torch_autocast", understood.torch_autocast_enabled, False, "training.precision"),
-        ("stage", int(understood.zero_optimization_stage), config["zero_optimization"]["stage"], "engine.zero_stage"),
-        ("gradient_clipping", understood.gradient_clipping, config["gradient_clipping"], "optim.gradient_clipping"),
-        *(
-            (option, getattr(understood, option), config[option], "training.global_batch_size and .micro_batch_size")
-            for option in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-        ),
+def _check_agreement(understood: Any) -> None:
+    """Raise ``UserError`` where DeepSpeed means to compute in another precision, by whatever spelling."""
+    for option, is_on in (
+        ("fp16", understood.float16_config.enabled),
+        ("bf16", understood.bfloat16_config.enabled),
+        ("torch_autocast", understood.torch_autocast_enabled),
     ):
-        if meant != said:
+        if is_on:
             raise UserError(
-                f"DeepSpeed would take {option}={json.dumps(meant)} from engine.deepspeed_config, where the recipe "
-                f"({key}) says {json.dumps(said)}: mend that file"
+                f"DeepSpeed would turn {option} on by engine.deepspeed_config, where training.precision decides: mend "
+                "that file"
             )

@@ -28,6 +28,7 @@ class Meter:
         self._waited_seconds = 0.0
         self._num_batches = 0
         self._counts = ReadCounts()
+        self._peak_bytes: dict[str, float] = {}
         _forget_peaks(world.device)
 
     def waiting_for(self, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -46,6 +47,7 @@ class Meter:
     def stopped(self) -> Iterator[None]:
         """What happens inside counts as no time, and its memory is no step's."""
         before = time.perf_counter()
+        self._note_peaks()
         yield
         self._start += time.perf_counter() - before
         _forget_peaks(self._world.device)
@@ -54,7 +56,7 @@ class Meter:
         """Name -> figure over all ranks; starts anew. Bytes are those of the workers, which are some batches ahead."""
         now = time.perf_counter()
         seconds = now - self._start
-        waiting_share, memory = self._waited_seconds / seconds, _memory_bytes(self._world.device)
+        waiting_share, memory = self._waited_seconds / seconds, self._memory_bytes()
         less, most, *most_bytes = max_over_ranks([-waiting_share, waiting_share, *memory.values()], self._world.device)
         sums = sums_over_ranks(dataclasses.astuple(self._counts), self._world.device)
         counts = ReadCounts(*sums)
@@ -72,17 +74,25 @@ class Meter:
         self._start, self._waited_seconds, self._num_batches, self._counts = now, 0.0, 0, ReadCounts()
         return figures
 
+    def _memory_bytes(self) -> dict[str, float]:
+        """This process's resident memory now; on an accelerator also the peaks of what was in use and what was held, of
+        any step since the last reading.
+        """
+        self._note_peaks()
+        resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
+        found = {"resident_bytes": float(resident_pages * resource.getpagesize()), **self._peak_bytes}
+        self._peak_bytes = {}
+        _forget_peaks(self._world.device)
+        return found
 
-def _memory_bytes(device: torch.device) -> dict[str, float]:
-    """This process's resident memory now; on an accelerator also the peaks of what was in use and what was held since
-    ``stopped`` was left last, which in the loop is every step.
-    """
-    resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
-    found = {"resident_bytes": float(resident_pages * resource.getpagesize())}
-    if device.type == "cuda":
-        found["device_allocated_peak_bytes"] = float(torch.cuda.max_memory_allocated(device))
-        found["device_reserved_peak_bytes"] = float(torch.cuda.max_memory_reserved(device))
-    return found
+    def _note_peaks(self) -> None:
+        device = self._world.device
+        if device.type == "cuda":
+            for name, num_bytes in (
+                ("device_allocated_peak_bytes", torch.cuda.max_memory_allocated(device)),
+                ("device_reserved_peak_bytes", torch.cuda.max_memory_reserved(device)),
+            ):
+                self._peak_bytes[name] = max(self._peak_bytes.get(name, 0.0), float(num_bytes))
 
 
 def _forget_peaks(device: torch.device) -> None:

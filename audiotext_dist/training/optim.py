@@ -80,7 +80,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, *, global_batch_size:
         unknown -= set(prefixes)
         scale = config.lr_scales[max(prefixes, key=len)] if prefixes else 1.0
         if parameter.requires_grad:
-            idle -= set(prefixes)
+            idle -= {max(prefixes, key=len, default="")}
             groups.setdefault((parameter.ndim < 2, scale), []).append(parameter)
     if unknown:
         known = ", ".join(name for name, _ in model.named_children())

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from pathlib import Path
 EXIT_PREEMPTED = 75
 # A rank that outlives its launcher has nobody to end it, should it hang.
 SECONDS_AFTER_LAUNCHER = 120
-# Where ``launch.run`` tells the ranks its number, since they may start when it has died already.
+# Where ``launch.run`` tells the ranks what ``this_process`` says of it, since they may start when it has died already.
 WRAPPER_VARIABLE = "AUDIOTEXT_DIST_WRAPPER_PID"
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -63,6 +64,11 @@ class StopRequest:
         os._exit(EXIT_PREEMPTED)
 
 
+def this_process() -> str:
+    """HOST:NUMBER."""
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
 def end_with_launcher() -> None:
     """For a program that has nothing to save: once its launcher is gone, nobody waits for it, nor could end it."""
     _watch_launcher(_leave)
@@ -82,16 +88,21 @@ def _watch_launcher(then: Callable[[], None]) -> None:
     # Only DeepSpeed starts its launcher in a process of its own; what stands above others is a user's shell.
     if above > 1 and "deepspeed" in _command_of(above):
         launchers.append(above)
-    if wrapper := os.environ.get(WRAPPER_VARIABLE):
+    host, _, wrapper = os.environ.get(WRAPPER_VARIABLE, "").rpartition(":")
+    # A starter of several nodes may hand the variable on to others.
+    if host == socket.gethostname():
         launchers.append(int(wrapper))
-    try:
-        handles = [os.pidfd_open(launcher) for launcher in launchers]
-    except ProcessLookupError:
-        then()
-        return
-    except (AttributeError, OSError):
-        return  # not Linux: the signals still work
-    threading.Thread(target=_wait_for_end, args=(handles, then), daemon=True).start()
+    handles = []
+    for launcher in launchers:
+        try:
+            handles.append(os.pidfd_open(launcher))
+        except ProcessLookupError:
+            then()
+            return
+        except (AttributeError, OSError):
+            pass  # not Linux, or not allowed: the signals still work
+    if handles:
+        threading.Thread(target=_wait_for_end, args=(handles, then), daemon=True).start()
 
 
 def _wait_for_end(handles: list[int], then: Callable[[], None]) -> None:

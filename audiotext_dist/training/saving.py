@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from audiotext_dist.training.engine import Engine
 
 _log = logging.getLogger(__name__)
-# What a run that was asked to stop may give the last copy.
-_COPY_SECONDS = 10
 _TURN_SECONDS = 1.0
 
 
@@ -38,6 +36,8 @@ class CheckpointConfig:
     best_metric: such as ``validation/NAME/audio->text/R@1``; the checkpoint where it is highest (or lowest,
     by best_is) stays beside the last ones, and every evaluation comes with a checkpoint.
     upload_to: ``s3://bucket/folder`` of this run alone; a run on an empty disk goes on from there.
+    last_copy_seconds: so long a run that was asked to stop waits for its last copy; give more where a node's disk is
+    lost with it, and the signal comes early enough.
     """
 
     every_epochs: int = 1
@@ -46,13 +46,14 @@ class CheckpointConfig:
     best_metric: str | None = None
     best_is: Literal["highest", "lowest"] = "highest"
     upload_to: str | None = None
+    last_copy_seconds: float = 10.0
 
     def __post_init__(self) -> None:
         if self.upload_to is not None:
             if not storage.is_remote(self.upload_to):
                 raise UserError(f"checkpoint.upload_to={self.upload_to} is no URL: give s3://bucket/folder")
             storage.check_no_credentials(self.upload_to)
-        require_positive(self, "checkpoint", "every_epochs", "every_steps", "keep_last")
+        require_positive(self, "checkpoint", "every_epochs", "every_steps", "keep_last", "last_copy_seconds")
 
 
 class Saver:
@@ -91,7 +92,7 @@ class Saver:
 
     def finish(self, *, in_a_hurry: bool = False) -> None:
         """Wait for the last copy, in turns: no rank may wait for another as long as that can take."""
-        deadline = time.monotonic() + (_COPY_SECONDS if in_a_hurry else math.inf)
+        deadline = time.monotonic() + (self._config.last_copy_seconds if in_a_hurry else math.inf)
         while from_main(self._waits_for_copy(deadline)):
             pass
 

@@ -111,7 +111,7 @@ class Tracker:
             what(self._wandb)
         # Its service raises what it likes: OSErrors of a lost connection, its own errors, those of a full disk.
         except Exception as error:
-            _log.warning("W&B has stopped (%s): the run goes on, %s has every step", _reason(error), METRICS_FILE)
+            _log.warning("W&B has stopped (%s): %s has every step", _reason(error), METRICS_FILE)
             self._wandb = None
             _end_service()
         finally:
@@ -136,18 +136,21 @@ class Tracker:
         if self._file is None:
             return
         self._file.close()
-        # One command each: a command of several folders ends at the first in which a kill left half a record.
-        commands = [f"wandb sync {shlex.quote(str(folder))}" for folder in self._folders_to_upload()]
         # Said first, as a failing rank may be killed while W&B finishes.
-        if commands:
-            _log.info("W&B was offline; upload with: %s", "; ".join(commands))
+        self._name_upload("offline", f"offline-run-*-{self.wandb_id}")
+        is_online = self._wandb is not None and self._wandb.settings.mode == "online"
         answer_seconds = LEAVING_SECONDS if in_a_hurry else ANSWER_SECONDS
         self._tell_wandb(lambda run: run.finish(exit_code=int(failed)), answer_seconds)
+        if is_online and self._wandb is None:
+            self._name_upload("cut off", f"run-*-{self.wandb_id}")
 
-    def _folders_to_upload(self) -> list[Path]:
-        """Of each part of this run that was logged offline and is not uploaded yet, the oldest first."""
-        parts = sorted(self._wandb_folder.glob(f"offline-run-*-{self.wandb_id}"))
-        return [part for part in parts if not any(part.glob("*.wandb.synced"))]
+    def _name_upload(self, was: str, folders: str) -> None:
+        """Name the commands that upload what lies in these folders, the oldest first, and is not there yet."""
+        parts = [part for part in sorted(self._wandb_folder.glob(folders)) if not any(part.glob("*.wandb.synced"))]
+        if parts:
+            # One command each: a command of several folders ends at the first in which a kill left half a record.
+            commands = [f"wandb sync {shlex.quote(str(part))}" for part in parts]
+            _log.info("W&B was %s; upload with: %s", was, "; ".join(commands))
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:

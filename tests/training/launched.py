@@ -43,8 +43,10 @@ class Launched:
 
     def wait_for_watching_ranks(self) -> None:
         """Until every rank looks at its launchers, which is long before its first step."""
+        until = time.monotonic() + _LIMIT_SECONDS
         while not (ranks := self._ranks_if_any()) or not all(map(_watches, ranks)):
             assert self.command.poll() is None, self.said()
+            assert time.monotonic() < until, self.said()
             time.sleep(0.02)
 
     def launcher(self) -> psutil.Process:

@@ -159,17 +159,15 @@ def test_what_deepspeed_does_not_understand_is_one_line(tmp_path: Path) -> None:
 def test_what_deepspeed_does_not_know_or_takes_otherwise_is_named() -> None:
     config = deepspeed_config(EngineConfig(), global_batch_size=8, world_size=1, gradient_clipping=None)
     known = {"wall_clock_breakdown": True, "aio": {}, "flops_profiler": {}, "tensorboard": {"enabled": False}}
-    taken = "DeepSpeed would take {}=true from engine.deepspeed_config, where the recipe (training.precision) says "
+    taken = "DeepSpeed would turn {} on by engine.deepspeed_config, where training.precision decides: mend that file"
     cases = {
         "DeepSpeed knows no option 'graident_clipping' of engine.deepspeed_config: did you mean 'gradient_clipping'?": {
             "graident_clipping": 1.0
         },
         "DeepSpeed knows no option 'note_of_mine' of engine.deepspeed_config: take it out": {"note_of_mine": "fast"},
-        f"{taken.format('bf16')}false: mend that file": {"bfloat16": {"enabled": True}},
-        f"{taken.format('fp16')}false: mend that file": {"fp16": {"enabled": True}},
-        f"{taken.format('torch_autocast')}false: mend that file": {
-            "torch_autocast": {"enabled": True, "dtype": "bf16"}
-        },
+        taken.format("bf16"): {"bfloat16": {"enabled": True}},
+        taken.format("fp16"): {"fp16": {"enabled": True}},
+        taken.format("torch_autocast"): {"torch_autocast": {"enabled": True, "dtype": "bf16"}},
     }
     configs = [config | known | extra for extra in cases.values()]
     assert run_on_ranks(what_deepspeed_refuses, 1, configs)[0] == list(cases)

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -154,7 +155,7 @@ def test_a_rank_notices_its_launchers_end(state: str, last_line: str):
 def test_a_rank_whose_wrapper_died_before_it_started_ends():
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    variables = {"LOCAL_RANK": "0", WRAPPER_VARIABLE: str(gone.pid)}
+    variables = {"LOCAL_RANK": "0", WRAPPER_VARIABLE: f"{socket.gethostname()}:{gone.pid}"}
     rank = subprocess.run([sys.executable, "-c", RANK, "starting"], env={**os.environ, **variables}, timeout=60)
     assert rank.returncode == EXIT_PREEMPTED
 

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from audiotext_dist.training import tracker as tracker_module
 from audiotext_dist.training.tracker import METRICS_FILE, Tracker, TrackerConfig, read_metrics
+from tests.wandb_file import exit_code
 
 
 def track(folder, start_step, steps, is_main=True, wandb_id=None):
@@ -120,6 +122,17 @@ def test_a_run_outlives_the_service_of_wandb(tmp_path, how, end):
     assert done.stderr.count("W&B has stopped") == 1
     (folder,) = tmp_path.glob("wandb/offline-run-*")
     assert f"wandb sync {folder}\n" in done.stderr
+
+
+def test_wandb_shows_a_run_that_failed_as_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tracker_module, "LEAVING_SECONDS", 200.0)
+    config = TrackerConfig(wandb="offline")
+    with (
+        pytest.raises(RuntimeError),
+        Tracker(config, tmp_path, name="test", recipe={}, start_step=0, wandb_id=None, is_main=True),
+    ):
+        raise RuntimeError
+    assert exit_code(tmp_path) == 1
 
 
 PART = """
