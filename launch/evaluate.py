@@ -34,7 +34,7 @@ HELP = """Evaluate a run's newest checkpoint, or any exported weights, on its va
     deepspeed launch/evaluate.py run=runs/NAME            (clips shared over all processes)
 
 Zero-shot, with a tower that the run was not trained with (here audio-text, through the pictures of an audio-image run):
-    python launch/evaluate.py run=runs/NAME task=audio-text model.text.name=ViT-B-32-quickgelu \
+    python launch/evaluate.py run=runs/NAME task=audio-text model.text.name=ViT-B-32-quickgelu \\
         model.text.pretrained=openai data.validation.clotho.shards=FOLDER out=results
 
 Prints the table and writes it as retrieval.json into out, which only the run's own evaluation done again does without:

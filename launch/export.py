@@ -18,8 +18,14 @@ HELP = """Export a run's newest checkpoint.
     python launch/export.py run=runs/NAME out=FOLDER [ema=false]
 
 Of a run with training.ema_decay the averaged weights are taken, unless ema=false. Writes model.safetensors (every
-weight; the towers lie under audio., image. and text.) and recipe.yaml. The folder
-serves wherever a run folder does: model.audio.init=FOLDER, launch/evaluate.py run=FOLDER.
+weight; the towers lie under audio., image. and text.) and recipe.yaml. The folder serves wherever a run folder does:
+model.audio.init=FOLDER, launch/evaluate.py run=FOLDER. In Python, without DeepSpeed:
+
+    recipe = read_run_recipe(Path("FOLDER"))                    # audiotext_dist.training.recipe
+    model = build_model(recipe.model.without_weights(), recipe.task, recipe.data.sample_rate_hz)
+                                                                # audiotext_dist.models.dual_encoder
+    load_model(model, "FOLDER")                                 # audiotext_dist.training.weights
+    audio_BD = model.eval().embed_audio(waveform_BS, num_valid_samples_B)
 """
 
 
