@@ -26,7 +26,7 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 def main(words: list[str]) -> int:
     """Run ``deepspeed`` with these words; its exit code."""
-    if not words or {"-h", "--help"} & set(words[:1]):
+    if words[:1] in (["-h"], ["--help"]):
         print(f"{(__doc__ or '').strip()}\n\nOPTIONS are those of deepspeed:\n", flush=True)
     asked = threading.Event()
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
