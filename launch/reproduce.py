@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
 
 from audiotext_dist import configuration
@@ -46,6 +47,7 @@ def main() -> None:
         signal.signal(signal.SIGTERM, _stop)
         failed = Runner(table).run()
     print(f"\n{write_summary(table, summarise(table), failed)}")
+    print(f"\nalso {Path(table.out) / table.name}.md, .json and .png")
     for name, reason in failed.items():
         print(f"failed: {name}: {reason}")
     if failed:
