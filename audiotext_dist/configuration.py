@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import textwrap
 import types
@@ -16,7 +15,7 @@ import yaml
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from audiotext_dist.errors import UserError
+from audiotext_dist.errors import UserError, did_you_mean
 
 Config = TypeVar("Config")
 
@@ -152,8 +151,7 @@ def _merge(schema: type[Any], given: DictConfig, words_keys: Sequence[str], yaml
         return OmegaConf.merge(OmegaConf.structured(schema), given)
     except ConfigKeyError as error:
         key = str(error.full_key or error.key)
-        guess = difflib.get_close_matches(key, _all_keys(schema, key), n=1, cutoff=0.5)
-        mend = f"did you mean '{guess[0]}'?" if guess else "--help lists the keys"
+        mend = did_you_mean(key, _all_keys(schema, key), otherwise="--help lists the keys")
         raise UserError(f"unknown key '{key}'{where(key)}: {mend}") from None
     except (OmegaConfBaseException, TypeError) as error:
         key = str(getattr(error, "full_key", "") or "")

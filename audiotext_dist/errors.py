@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 
 class UserError(ValueError):
@@ -15,6 +16,12 @@ class UserError(ValueError):
     """
 
     on_every_rank = True
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
+    """The mend of a name that is not known: ``did you mean 'NAME'?``, or what to do where none is near."""
+    guess = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"did you mean '{guess[0]}'?" if guess else otherwise
 
 
 def require_positive(config: object, prefix: str, *keys: str) -> None:

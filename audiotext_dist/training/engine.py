@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import logging
 import math
 import os
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 
 from audiotext_dist.distributed import World, open_cpu_group
-from audiotext_dist.errors import UserError
+from audiotext_dist.errors import UserError, did_you_mean
 from audiotext_dist.training.ema import Ema
 from audiotext_dist.training.lars import LARS
 from audiotext_dist.training.loss_scale import LossScale
@@ -231,8 +230,7 @@ def _check_understood(config: dict[str, Any]) -> None:
         raise UserError(f"DeepSpeed does not understand its options ({reason}): mend engine.deepspeed_config") from None
     unknown = sorted(config.keys() - asked.known)
     if unknown:
-        guess = difflib.get_close_matches(unknown[0], asked.known, n=1, cutoff=0.5)
-        mend = f"did you mean '{guess[0]}'?" if guess else "take it out"
+        mend = did_you_mean(unknown[0], asked.known, otherwise="take it out")
         raise UserError(f"DeepSpeed knows no option '{unknown[0]}' of engine.deepspeed_config: {mend}")
     _check_agreement(understood)
 
